@@ -1,1 +1,36 @@
-//! Placeholder.
+//! What the models of the Phi-3 family share, on candle tensors.
+//!
+//! A model file describes one checkpoint type; everything that two of them need lives here:
+//! weights as stored ([`weights`]), layers that serve every way of storing them, rotary position
+//! embedding with LongRoPE ([`rope`]), the one [`attention()`] function, the key/value cache of a
+//! sequence ([`kv_cache`]), and the packed forward contract ([`causal_lm`]).
+#![forbid(unsafe_code)]
+
+pub mod attention;
+pub mod causal_lm;
+pub mod device;
+pub mod embedding;
+pub mod error;
+mod host;
+pub mod kv_cache;
+pub mod linear;
+pub mod mlp;
+pub mod norm;
+pub mod packed;
+pub mod rope;
+pub mod weights;
+
+pub use attention::{AttentionParams, AttentionPattern, attention};
+pub use causal_lm::{CausalLm, Input, LogitRows, ModelInfo, Observer, Span};
+pub use device::DeviceSpec;
+pub use embedding::Embedding;
+pub use error::{Error, Result};
+pub use kv_cache::{CacheSpec, KvCache, Recompute};
+pub use linear::Linear;
+pub use mlp::GatedMlp;
+pub use norm::RmsNorm;
+pub use packed::Packed;
+pub use rope::{Regime, RopeTables, RotaryEmbedding};
+pub use weights::{
+    Bytes, LayoutError, MemorySource, StoredTensor, TensorPart, TensorSource, Weights,
+};

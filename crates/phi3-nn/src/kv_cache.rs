@@ -1,0 +1,530 @@
+//! Keys and values of one sequence.
+//!
+//! Per layer the cache holds keys and values as `[k, s, d]`: head-major, `s` the positions kept,
+//! keys already rotated. It also keeps the inputs of the sequence where the model may have to
+//! compute its history again: when the sequence passes the LongRoPE limit (deeper layers change
+//! with the factors, so the keys of every layer do), when it is truncated back below it, or when a
+//! truncation reaches behind what a sliding window has kept.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::attention::AttentionPattern;
+use crate::error::{Error, Result};
+use crate::host;
+use crate::rope::Regime;
+
+/// What happens to keys computed in another LongRoPE regime than the sequence's length asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// The whole history is computed again: as if every step started from scratch. What
+    /// `generate()` of transformers does for phi3 and phimoe.
+    #[default]
+    Always,
+    /// Cached keys keep their rotation, new ones use the factors of the current length. What
+    /// Phi-3-small's code and the first Phi-3 releases do.
+    Never,
+}
+
+/// The model's side of a cache: geometry and rules, the same for every sequence.
+#[derive(Clone, Debug)]
+pub struct CacheSpec {
+    /// Which keys a query sees, one entry per layer.
+    pub patterns: Vec<AttentionPattern>,
+    /// Key/value heads per layer.
+    pub num_key_value_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Length up to which the short factors hold, if the model has two sets.
+    pub rope_limit: Option<usize>,
+    /// The model's own rule at the limit.
+    pub recompute: Recompute,
+    /// Longest sequence, in tokens.
+    pub max_len: usize,
+    /// Where keys and values live.
+    pub device: Device,
+    /// Their dtype on devices other than the CPU, which keeps f32.
+    pub dtype: DType,
+}
+
+impl CacheSpec {
+    /// Bytes of keys and values that a sequence of `len` tokens holds at most.
+    pub fn bytes_at(&self, len: usize) -> usize {
+        let dtype = if self.device.is_cpu() {
+            DType::F32
+        } else {
+            self.dtype
+        };
+        let per_position = 2 * self.num_key_value_heads * self.head_dim * dtype.size_in_bytes();
+        let positions: usize = self
+            .patterns
+            .iter()
+            .map(|pattern| match pattern.window() {
+                Some(window) => len.min(window - 1 + window_slack(window)),
+                None => len,
+            })
+            .sum();
+        positions * per_position
+    }
+
+    /// How many of a sequence's first inputs the cache must keep to be able to rebuild itself.
+    fn inputs_kept(&self) -> usize {
+        if self
+            .patterns
+            .iter()
+            .any(|pattern| pattern.window().is_some())
+        {
+            usize::MAX
+        } else {
+            self.rope_limit.unwrap_or(0)
+        }
+    }
+}
+
+/// Positions that a window layer may hold beyond its window before it moves the rest forward:
+/// moving at every token would cost more than attention itself.
+fn window_slack(window: usize) -> usize {
+    (window / 8).max(16)
+}
+
+/// Some consecutive inputs of a sequence.
+#[derive(Clone, Debug)]
+pub(crate) enum InputSegment {
+    Ids(Vec<u32>),
+    /// `[rows, hidden_size]`, shared with whoever made it.
+    Rows(Tensor),
+}
+
+impl InputSegment {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Ids(ids) => ids.len(),
+            Self::Rows(rows) => rows.dims().first().copied().unwrap_or(0),
+        }
+    }
+
+    /// The first `len` rows of it.
+    fn head(&self, len: usize) -> Result<Self> {
+        Ok(match self {
+            Self::Ids(ids) => Self::Ids(ids.get(..len).unwrap_or(ids).to_vec()),
+            Self::Rows(rows) => Self::Rows(rows.narrow(0, 0, len)?),
+        })
+    }
+}
+
+/// The keys and values of one sequence. Made by [`crate::CausalLm::new_cache`].
+///
+/// A clone shares nothing that changes: clone and truncate to reuse a common prefix.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    spec: std::sync::Arc<CacheSpec>,
+    layers: Vec<LayerCache>,
+    inputs: Vec<InputSegment>,
+    inputs_len: usize,
+    len: usize,
+    /// Tokens whose keys are held and may be used: `len`, or 0 where they must be computed again.
+    built: usize,
+    reaches: usize,
+    regime: Regime,
+    recompute: Recompute,
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(spec: std::sync::Arc<CacheSpec>) -> Self {
+        let layers = spec
+            .patterns
+            .iter()
+            .map(|_| LayerCache::new(&spec))
+            .collect();
+        let recompute = spec.recompute;
+        Self {
+            spec,
+            layers,
+            inputs: Vec::new(),
+            inputs_len: 0,
+            len: 0,
+            built: 0,
+            reaches: 0,
+            regime: Regime::Short,
+            recompute,
+        }
+    }
+
+    /// The same cache under another rule than its model's at the LongRoPE limit.
+    pub fn with_recompute(mut self, recompute: Recompute) -> Self {
+        self.recompute = recompute;
+        self
+    }
+
+    /// Tokens in the sequence; the next one has this position.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the sequence has no token yet.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes of keys and values held right now.
+    pub fn size_in_bytes(&self) -> usize {
+        self.layers.iter().map(LayerCache::size_in_bytes).sum()
+    }
+
+    /// Forgets everything behind the first `len` tokens; a longer `len` changes nothing.
+    ///
+    /// Where the remaining keys cannot be used as they are (computed with long factors although
+    /// the sequence is short again, or already dropped by a sliding window), the next forward call
+    /// computes the history again.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if a device tensor cannot be narrowed.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        if len >= self.len {
+            return Ok(());
+        }
+        self.len = len;
+        self.reaches = len;
+        self.truncate_inputs(len)?;
+        let window_gone = self
+            .layers
+            .iter()
+            .zip(&self.spec.patterns)
+            .any(|(layer, pattern)| {
+                pattern
+                    .window()
+                    .is_some_and(|window| layer.first > (len + 1).saturating_sub(window))
+            });
+        if window_gone || self.built < len {
+            self.clear_keys();
+        } else {
+            self.built = len;
+        }
+        Ok(())
+    }
+
+    /// Decides how a span of `new` tokens runs: its regime, and whether history runs with it.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if the sequence would exceed the model's maximum length.
+    pub(crate) fn plan(&self, new: usize, reaches: Option<usize>) -> Result<SpanPlan> {
+        let total = self.len.saturating_add(new);
+        if total > self.spec.max_len {
+            return Err(Error::Batch(format!(
+                "a sequence of {} tokens and {new} more exceeds the model's context of {} tokens",
+                self.len, self.spec.max_len
+            )));
+        }
+        let reaches = total.max(reaches.unwrap_or(0)).max(self.reaches);
+        let regime = match self.spec.rope_limit {
+            Some(limit) if reaches > limit => Regime::Long,
+            _ => Regime::Short,
+        };
+        let stale = self.built < self.len
+            || (regime != self.regime && self.recompute == Recompute::Always && self.len > 0);
+        Ok(SpanPlan {
+            start: if stale { 0 } else { self.len },
+            history: if stale { self.len } else { 0 },
+            regime,
+            reaches,
+        })
+    }
+
+    /// The inputs of the first `len` tokens, for a rebuild.
+    pub(crate) fn history(&self, len: usize) -> Result<&[InputSegment]> {
+        if self.inputs_len < len {
+            return Err(Error::Batch(format!(
+                "the history of {len} tokens must be computed again, but only {} inputs were kept",
+                self.inputs_len
+            )));
+        }
+        Ok(&self.inputs)
+    }
+
+    /// Makes room for a rebuild from position 0.
+    pub(crate) fn clear_keys(&mut self) {
+        self.built = 0;
+        for layer in &mut self.layers {
+            *layer = LayerCache::new(&self.spec);
+        }
+    }
+
+    /// The layer's keys and values up to `start`, with `[l, k, d]` new ones behind them.
+    ///
+    /// What an earlier failed call left behind `start` is overwritten.
+    pub(crate) fn append(
+        &mut self,
+        layer_idx: usize,
+        start: usize,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<&LayerCache> {
+        let layer = self.layers.get_mut(layer_idx).ok_or_else(|| {
+            Error::Batch(format!(
+                "this cache has no layer {layer_idx}; it belongs to another model"
+            ))
+        })?;
+        layer.append(start, keys, values)?;
+        Ok(layer)
+    }
+
+    /// Ends a successful forward call that brought `input`.
+    pub(crate) fn commit(&mut self, input: InputSegment, plan: &SpanPlan) -> Result<()> {
+        self.len += input.len();
+        self.built = self.len;
+        self.regime = plan.regime;
+        self.reaches = plan.reaches;
+        self.keep_input(input)?;
+        for (layer, pattern) in self.layers.iter_mut().zip(&self.spec.patterns) {
+            if let Some(window) = pattern.window() {
+                layer.drop_before((self.len + 1).saturating_sub(window), window_slack(window))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn keep_input(&mut self, input: InputSegment) -> Result<()> {
+        let room = self.spec.inputs_kept().saturating_sub(self.inputs_len);
+        let input = if input.len() > room {
+            input.head(room)?
+        } else {
+            input
+        };
+        if input.len() == 0 {
+            return Ok(());
+        }
+        self.inputs_len += input.len();
+        match (self.inputs.last_mut(), input) {
+            (Some(InputSegment::Ids(kept)), InputSegment::Ids(new)) => kept.extend(new),
+            (_, input) => self.inputs.push(input),
+        }
+        Ok(())
+    }
+
+    fn truncate_inputs(&mut self, len: usize) -> Result<()> {
+        let mut kept = 0;
+        let mut inputs = Vec::new();
+        for segment in &self.inputs {
+            if kept >= len {
+                break;
+            }
+            let segment = segment.head(segment.len().min(len - kept))?;
+            kept += segment.len();
+            inputs.push(segment);
+        }
+        self.inputs = inputs;
+        self.inputs_len = kept;
+        Ok(())
+    }
+}
+
+/// How one span of a forward call runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpanPlan {
+    /// Position of the first row that runs.
+    pub(crate) start: usize,
+    /// Rows of history that run before the span's own.
+    pub(crate) history: usize,
+    /// LongRoPE factors of all its rows.
+    pub(crate) regime: Regime,
+    /// Length that the sequence is now known to reach.
+    reaches: usize,
+}
+
+/// Keys and values of one layer.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerCache {
+    /// Position of the first key that is kept.
+    first: usize,
+    store: Store,
+}
+
+/// Per key/value head its keys and values, `[s, d]` each.
+#[derive(Clone, Copy)]
+pub(crate) struct HostHeads<'c> {
+    pub(crate) keys: &'c [Vec<f32>],
+    pub(crate) values: &'c [Vec<f32>],
+}
+
+#[derive(Clone, Debug)]
+enum Store {
+    /// One buffer `[s, d]` per key/value head.
+    Host {
+        keys: Vec<Vec<f32>>,
+        values: Vec<Vec<f32>>,
+        head_dim: usize,
+    },
+    /// `[k, s, d]` on the device.
+    Device {
+        keys: Option<Tensor>,
+        values: Option<Tensor>,
+        dtype: DType,
+    },
+}
+
+impl LayerCache {
+    fn new(spec: &CacheSpec) -> Self {
+        let store = if spec.device.is_cpu() {
+            Store::Host {
+                keys: vec![Vec::new(); spec.num_key_value_heads],
+                values: vec![Vec::new(); spec.num_key_value_heads],
+                head_dim: spec.head_dim,
+            }
+        } else {
+            Store::Device {
+                keys: None,
+                values: None,
+                dtype: spec.dtype,
+            }
+        };
+        Self { first: 0, store }
+    }
+
+    /// Position of the first key kept.
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// The heads, if they lie in host memory.
+    pub(crate) fn host(&self) -> Option<HostHeads<'_>> {
+        match &self.store {
+            Store::Host { keys, values, .. } => Some(HostHeads { keys, values }),
+            Store::Device { .. } => None,
+        }
+    }
+
+    /// Keys and values as tensors `[k, s, d]`.
+    pub(crate) fn tensors(&self) -> Result<(Tensor, Tensor)> {
+        match &self.store {
+            Store::Host {
+                keys,
+                values,
+                head_dim,
+            } => {
+                let tensor = |heads: &[Vec<f32>]| -> Result<Tensor> {
+                    let rows = heads.first().map_or(0, |head| head.len() / head_dim);
+                    let shape = (heads.len(), rows, *head_dim);
+                    Ok(Tensor::from_vec(heads.concat(), shape, &Device::Cpu)?)
+                };
+                Ok((tensor(keys)?, tensor(values)?))
+            }
+            Store::Device {
+                keys: Some(keys),
+                values: Some(values),
+                ..
+            } => Ok((keys.clone(), values.clone())),
+            Store::Device { .. } => Err(Error::Batch("the cache holds no key yet".to_owned())),
+        }
+    }
+
+    fn append(&mut self, start: usize, new_keys: &Tensor, new_values: &Tensor) -> Result<()> {
+        let kept = start.checked_sub(self.first).ok_or_else(|| {
+            Error::Batch(format!(
+                "position {start} lies before the window kept from {}",
+                self.first
+            ))
+        })?;
+        match &mut self.store {
+            Store::Host {
+                keys,
+                values,
+                head_dim,
+            } => {
+                append_host(keys, new_keys, kept, *head_dim)?;
+                append_host(values, new_values, kept, *head_dim)
+            }
+            Store::Device {
+                keys,
+                values,
+                dtype,
+            } => {
+                append_device(keys, new_keys, kept, *dtype)?;
+                append_device(values, new_values, kept, *dtype)
+            }
+        }
+    }
+
+    /// Drops the positions before `first` once more than `slack` of them have gathered.
+    fn drop_before(&mut self, first: usize, slack: usize) -> Result<()> {
+        let excess = first.saturating_sub(self.first);
+        if excess <= slack {
+            return Ok(());
+        }
+        match &mut self.store {
+            Store::Host {
+                keys,
+                values,
+                head_dim,
+            } => {
+                for head in keys.iter_mut().chain(values) {
+                    head.drain(..(excess * *head_dim).min(head.len()));
+                    // A long prompt's peak is given back; a little headroom stays for decoding.
+                    head.shrink_to(head.len() + 2 * slack * *head_dim);
+                }
+            }
+            Store::Device { keys, values, .. } => {
+                for tensor in [keys, values].into_iter().flatten() {
+                    let rows = tensor.dim(1)?;
+                    *tensor = tensor.narrow(1, excess, rows - excess)?.contiguous()?;
+                }
+            }
+        }
+        self.first = first;
+        Ok(())
+    }
+
+    fn size_in_bytes(&self) -> usize {
+        match &self.store {
+            Store::Host { keys, values, .. } => {
+                let held = keys.iter().chain(values).map(Vec::capacity).sum::<usize>();
+                held * size_of::<f32>()
+            }
+            Store::Device {
+                keys,
+                values,
+                dtype,
+            } => {
+                let held = [keys, values].into_iter().flatten().map(Tensor::elem_count);
+                held.sum::<usize>() * dtype.size_in_bytes()
+            }
+        }
+    }
+}
+
+fn append_host(heads: &mut [Vec<f32>], new: &Tensor, kept: usize, head_dim: usize) -> Result<()> {
+    let (rows, num_heads, width) = new.dims3()?; // [l, k, d]
+    if num_heads != heads.len() || width != head_dim {
+        return Err(Error::Batch(format!(
+            "keys of {num_heads} heads of {width} do not fit a cache of {} heads of {head_dim}",
+            heads.len()
+        )));
+    }
+    if heads.iter().any(|head| head.len() < kept * head_dim) {
+        return Err(missing_keys(kept));
+    }
+    host::with_f32(new, |new| {
+        for (head_idx, head) in heads.iter_mut().enumerate() {
+            head.truncate(kept * head_dim);
+            head.reserve(rows * head_dim);
+            for row in new.chunks_exact(num_heads * head_dim) {
+                head.extend_from_slice(&row[head_idx * head_dim..(head_idx + 1) * head_dim]);
+            }
+        }
+    })
+}
+
+fn append_device(held: &mut Option<Tensor>, new: &Tensor, kept: usize, dtype: DType) -> Result<()> {
+    let new = new.transpose(0, 1)?.to_dtype(dtype)?.contiguous()?; // [k, l, d]
+    *held = Some(match held.take() {
+        None if kept > 0 => return Err(missing_keys(kept)),
+        Some(old) if kept > 0 => Tensor::cat(&[&old.narrow(1, 0, kept)?, &new], 1)?,
+        _ => new,
+    });
+    Ok(())
+}
+
+fn missing_keys(kept: usize) -> Error {
+    Error::Batch(format!(
+        "the cache lacks some of the {kept} keys before this span; a pass that tracks gradients stores none"
+    ))
+}

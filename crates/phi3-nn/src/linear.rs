@@ -1,0 +1,239 @@
+//! y = x·Wᵀ + b for every way in which W can be stored.
+//!
+//! On the CPU a weight stays as it lies in its file (f32, f16, bf16 or ggml blocks) and is read by
+//! `phi3-kernels`. On other devices floats become a dense tensor of the model's dtype, ggml blocks a
+//! candle `QMatMul`. A weight in several parts, as a GGUF file may store a fused projection, is as
+//! many matrices whose outputs lie side by side.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use phi3_nn::Linear;
+//! let weight = Tensor::new(&[[1f32, 2.], [3., 4.], [5., 6.]], &Device::Cpu)?; // [out 3, in 2]
+//! let linear = Linear::from_tensors("demo", weight, None)?;
+//! let y = linear.forward(&Tensor::new(&[[10f32, 1.]], &Device::Cpu)?)?;
+//! assert_eq!(y.to_vec2::<f32>()?, [[12., 34., 56.]]);
+//! # Ok::<(), phi3_nn::Error>(())
+//! ```
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::{DType, Device, Module, Tensor};
+use phi3_kernels::{BlockType, MatrixRef};
+
+use crate::error::{Error, Result};
+use crate::host;
+use crate::weights::{StoredTensor, TensorPart, Weights};
+
+/// A linear layer.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    name: String,
+    in_features: usize,
+    out_features: usize,
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+#[derive(Clone, Debug)]
+enum Weight {
+    /// Blocks as stored, read by `phi3-kernels`.
+    Stored(StoredTensor),
+    /// One matrix `[rows, in]` or more, their outputs side by side.
+    Device(Vec<DeviceMatrix>),
+}
+
+#[derive(Clone, Debug)]
+enum DeviceMatrix {
+    Dense(Tensor),
+    Quantized(QMatMul),
+}
+
+impl Linear {
+    /// Loads `weight` `[out, in]`, and `bias` `[out]` if `bias` is set, below the prefix of `weights`.
+    ///
+    /// # Errors
+    /// As [`Weights::stored`].
+    pub fn load(
+        weights: Weights,
+        in_features: usize,
+        out_features: usize,
+        bias: bool,
+    ) -> Result<Self> {
+        let stored = weights.stored("weight", &[out_features, in_features])?;
+        let bias = match bias {
+            true => Some(
+                weights
+                    .tensor_f32("bias", &[out_features])?
+                    .to_dtype(weights.dtype())?,
+            ),
+            false => None,
+        };
+        let name = weights.full_name("").trim_end_matches('.').to_owned();
+        Self::from_stored(name, stored, bias, weights.device(), weights.dtype())
+    }
+
+    /// A layer over a stored weight `[out, in]`, for `device`.
+    ///
+    /// # Errors
+    /// [`Error::TensorBytes`] if it does not decode, [`Error::Candle`] if the device refuses it.
+    pub fn from_stored(
+        name: String,
+        stored: StoredTensor,
+        bias: Option<Tensor>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let (in_features, out_features) = (
+            stored.columns(),
+            stored.elements() / stored.columns().max(1),
+        );
+        let weight = if device.is_cpu() {
+            Weight::Stored(stored)
+        } else {
+            let matrices = stored
+                .parts()
+                .iter()
+                .map(|part| DeviceMatrix::new(&name, part, in_features, device, dtype));
+            Weight::Device(matrices.collect::<Result<_>>()?)
+        };
+        Ok(Self {
+            name,
+            in_features,
+            out_features,
+            weight,
+            bias,
+        })
+    }
+
+    /// A layer over a dense tensor `[out, in]` on any device; gradients flow into it.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if `weight` is not a matrix.
+    pub fn from_tensors(
+        name: impl Into<String>,
+        weight: Tensor,
+        bias: Option<Tensor>,
+    ) -> Result<Self> {
+        let (out_features, in_features) = weight.dims2()?;
+        Ok(Self {
+            name: name.into(),
+            in_features,
+            out_features,
+            weight: Weight::Device(vec![DeviceMatrix::Dense(weight)]),
+            bias,
+        })
+    }
+
+    /// The layer's name in the checkpoint, without `.weight`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Length of an output row.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// x `[n, in]` to `[n, out]`.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the shapes do not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, columns) = x.dims2()?;
+        if columns != self.in_features {
+            return Err(Error::Batch(format!(
+                "layer `{}` takes rows of {}, not of {columns}",
+                self.name, self.in_features
+            )));
+        }
+        let y = match &self.weight {
+            Weight::Stored(stored) => {
+                let y = host::with_f32(x, |x| stored_matmul(&self.name, x, rows, stored))??;
+                Tensor::from_vec(y, (rows, self.out_features), x.device())?
+            }
+            Weight::Device(matrices) => {
+                let parts = matrices.iter().map(|matrix| matrix.forward(x));
+                match parts.collect::<Result<Vec<_>>>()?.as_slice() {
+                    [one] => one.clone(),
+                    several => Tensor::cat(several, 1)?,
+                }
+            }
+        };
+        match &self.bias {
+            Some(bias) => Ok(y.broadcast_add(bias)?),
+            None => Ok(y),
+        }
+    }
+}
+
+fn stored_matmul(name: &str, x: &[f32], rows: usize, stored: &StoredTensor) -> Result<Vec<f32>> {
+    let columns = stored.columns();
+    let out_stride = stored.elements() / columns.max(1);
+    let mut y = vec![0f32; rows * out_stride];
+    let mut offset = 0;
+    for part in stored.parts() {
+        let matrix =
+            MatrixRef::new(part.block_type, part.rows, columns, &part.bytes).map_err(|source| {
+                Error::TensorBytes {
+                    name: name.to_owned(),
+                    source: source.into(),
+                }
+            })?;
+        phi3_kernels::matmul(x, rows, matrix, &mut y, out_stride, offset);
+        offset += part.rows;
+    }
+    Ok(y)
+}
+
+impl DeviceMatrix {
+    fn new(
+        name: &str,
+        part: &TensorPart,
+        columns: usize,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        if let Some(ggml) = candle_block_type(part.block_type) {
+            let storage = QStorage::from_data(Cow::Borrowed(&*part.bytes), device, ggml)?;
+            let tensor = QTensor::new(storage, (part.rows, columns))?;
+            return Ok(Self::Quantized(QMatMul::from_arc(Arc::new(tensor))?));
+        }
+        let stored = StoredTensor::stacked(vec![part.rows, columns], vec![part.clone()])
+            .and_then(|stored| stored.to_f32())
+            .map_err(|source| Error::TensorBytes {
+                name: name.to_owned(),
+                source,
+            })?;
+        let dense = Tensor::from_vec(stored, (part.rows, columns), &Device::Cpu)?;
+        Ok(Self::Dense(dense.to_dtype(dtype)?.to_device(device)?))
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(weight) => Ok(x.matmul(&weight.t()?)?),
+            // candle's quantised products take and give f32.
+            Self::Quantized(weight) => Ok(weight
+                .forward(&x.to_dtype(DType::F32)?)?
+                .to_dtype(x.dtype())?),
+        }
+    }
+}
+
+/// The block types that candle multiplies on a GPU as they are; the rest is decoded.
+fn candle_block_type(block_type: BlockType) -> Option<GgmlDType> {
+    Some(match block_type {
+        BlockType::Q4_0 => GgmlDType::Q4_0,
+        BlockType::Q4_1 => GgmlDType::Q4_1,
+        BlockType::Q5_0 => GgmlDType::Q5_0,
+        BlockType::Q5_1 => GgmlDType::Q5_1,
+        BlockType::Q8_0 => GgmlDType::Q8_0,
+        BlockType::Q2K => GgmlDType::Q2K,
+        BlockType::Q3K => GgmlDType::Q3K,
+        BlockType::Q4K => GgmlDType::Q4K,
+        BlockType::Q5K => GgmlDType::Q5K,
+        BlockType::Q6K => GgmlDType::Q6K,
+        _ => return None,
+    })
+}
