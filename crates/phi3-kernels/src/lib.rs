@@ -1,1 +1,48 @@
-//! Placeholder.
+//! CPU kernels of the Phi-3 model zoo, on plain slices.
+//!
+//! The crate knows no tensors, models or files. It multiplies f32 activations with matrices that
+//! stay as they lie in a mapped file ([`MatrixRef`]; plain floats or ggml blocks,
+//! [`BlockType`]), attends ([`attend`]), and does the small operations between.
+//!
+//! `scalar` is the specification, in portable Rust. Other backends, chosen once at run time by
+//! what the processor has ([`backend_name`]; `PHI3_KERNELS=scalar` overrides it), compute the
+//! same within f32 rounding. Large operations are spread over a thread pool
+//! ([`set_num_threads`]; `PHI3_THREADS`).
+//!
+//! A token's result never depends on the other tokens of a call nor on the number of threads,
+//! to the last bit: each output is summed in one order that depends on the number of columns
+//! alone.
+//!
+//! # Example
+//! A matrix of two rows and two columns times one token:
+//! ```
+//! use phi3_kernels::{BlockType, MatrixRef, matmul};
+//!
+//! let bytes: Vec<u8> = [1.0f32, 2.0, 3.0, 4.0].iter().flat_map(|w| w.to_le_bytes()).collect();
+//! let w = MatrixRef::new(BlockType::F32, 2, 2, &bytes)?;
+//! let mut out = [0.0; 2];
+//! matmul(&[10.0, 1.0], 1, w, &mut out, 2, 0);
+//! assert_eq!(out, [12.0, 34.0]);
+//! # Ok::<(), phi3_kernels::ShapeError>(())
+//! ```
+
+mod attention;
+mod block;
+mod dispatch;
+mod environment;
+mod ops;
+mod scalar;
+#[doc(hidden)]
+pub mod testing;
+mod threads;
+
+pub use attention::{AttentionShape, attend};
+pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
+pub use environment::{EnvironmentError, check_environment};
+pub use ops::{argmax, dequantize, gather_rows, matmul, rms_norm, rope, silu_mul};
+pub use threads::{num_threads, parallel, set_num_threads};
+
+/// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar`.
+pub fn backend_name() -> &'static str {
+    dispatch::backend().name()
+}

@@ -1,0 +1,295 @@
+//! The entry points other than attention: they check lengths and spread the work.
+
+use crate::{BlockType, MatrixRef, ShapeError, dispatch, scalar, threads};
+
+/// Work of one weight decoded, in multiply-adds.
+const DECODE_WORK: usize = 2;
+/// Work of one exponential and what surrounds it, in multiply-adds.
+const EXP_WORK: usize = 16;
+
+/// Decodes whole blocks of `bytes` to `out.len()` weights.
+///
+/// With d (and m, dmin) the block's half-precision factors, q the stored weight, s and z the
+/// scale and minimum of a group: Q4_0 `d (q - 8)`, Q5_0 `d (q - 16)`, Q4_1 and Q5_1 `d q + m`,
+/// Q8_0 `d q`, IQ4_NL `d table[q]`, Q2_K, Q4_K and Q5_K `(d s) q - dmin z`, Q3_K
+/// `(d (s - 32)) (q - 4)`, Q6_K `(d s) (q - 32)`; rounded to f32 after every operation. Layouts
+/// and formulas are those of `dequantize_row_*` in ggml's `ggml-quants.c`. Infinite and NaN
+/// factors give infinite and NaN weights.
+///
+/// # Errors
+/// When `out` is not a whole number of blocks, or `bytes` does not hold exactly those blocks.
+pub fn dequantize(block_type: BlockType, bytes: &[u8], out: &mut [f32]) -> Result<(), ShapeError> {
+    let found = out.len();
+    let expected = block_type
+        .row_bytes(found)
+        .ok_or(ShapeError::PartialBlock { block_type, found })?;
+    if bytes.len() != expected {
+        return Err(ShapeError::Length {
+            what: "bytes to decode",
+            block_type,
+            expected,
+            found: bytes.len(),
+        });
+    }
+    scalar::decode(block_type, bytes, out);
+    Ok(())
+}
+
+/// Decodes the rows `ids` of `w`, an embedding lookup: `out` is `[ids.len(), cols]`.
+///
+/// # Errors
+/// When `out` has another length, or an id is not less than the number of rows; `out` is then
+/// unchanged.
+pub fn gather_rows(w: MatrixRef<'_>, ids: &[u32], out: &mut [f32]) -> Result<(), ShapeError> {
+    let cols = w.cols();
+    if ids.len().checked_mul(cols) != Some(out.len()) {
+        return Err(ShapeError::Length {
+            what: "weights of gathered rows",
+            block_type: w.block_type(),
+            expected: ids.len().saturating_mul(cols),
+            found: out.len(),
+        });
+    }
+    let row = |id: u32| usize::try_from(id).unwrap_or(usize::MAX);
+    if let Some(found) = ids.iter().map(|id| row(*id)).find(|id| *id >= w.rows()) {
+        let rows = w.rows();
+        return Err(ShapeError::Row { found, rows });
+    }
+    let work = out.len().saturating_mul(DECODE_WORK);
+    threads::for_each_part(out, cols, work, |first, out| {
+        for (id, out) in ids[first..].iter().zip(out.chunks_exact_mut(cols)) {
+            scalar::decode(w.block_type(), w.row(row(*id)), out);
+        }
+    });
+    Ok(())
+}
+
+/// Multiplies `n` tokens with the rows of a matrix, a linear layer without bias:
+/// `out[t * out_stride + out_offset + r] = sum_c x[t * cols + c] * w[r, c]`.
+///
+/// `x` is `[n, cols]`. The stride and the offset let several matrices, stacked by rows, write
+/// one output; elements of `out` between are left alone. Weights are decoded to f32 exactly as
+/// by [`dequantize`]; products and sums are f32. A token's result is the same to the last bit
+/// alone, among others, and with any number of threads.
+///
+/// # Panics
+/// When `x` is not `n * cols` long, `out_offset + rows` is larger than `out_stride`, or `out`
+/// ends before the last element to be written.
+pub fn matmul(
+    x: &[f32],
+    n: usize,
+    w: MatrixRef<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+    out_offset: usize,
+) {
+    let (rows, cols) = (w.rows(), w.cols());
+    assert!(
+        n.checked_mul(cols) == Some(x.len()),
+        "matmul: x has {} elements; expected {n} tokens of {cols}",
+        x.len()
+    );
+    let row_end = out_offset.checked_add(rows);
+    assert!(
+        row_end.is_some_and(|end| end <= out_stride),
+        "matmul: {rows} rows at offset {out_offset} do not fit a stride of {out_stride}"
+    );
+    if n == 0 || rows == 0 {
+        return;
+    }
+    let end = (n - 1)
+        .checked_mul(out_stride)
+        .and_then(|start| start.checked_add(out_offset + rows));
+    assert!(
+        end.is_some_and(|end| end <= out.len()),
+        "matmul: out has {} elements; expected {n} rows with a stride of {out_stride}",
+        out.len()
+    );
+
+    let backend = dispatch::backend();
+    let work = w
+        .rows()
+        .saturating_mul(cols)
+        .saturating_mul(n + DECODE_WORK);
+    if n == 1 {
+        let out = &mut out[out_offset..][..rows];
+        threads::for_each_part(out, 1, work, |first_row, out| {
+            backend.matmul_rows(x, 1, w, first_row, out);
+        });
+        return;
+    }
+
+    // A thread has some rows of the matrix and so some columns of the output, which safe code
+    // cannot hand out: each fills a part `[n, part_rows]` of its own, brought home afterwards.
+    let part_rows = threads::chunk_len(rows, work);
+    let mut parts = vec![0.0; n * rows];
+    threads::for_each_chunk(&mut parts, n * part_rows, |i, part| {
+        backend.matmul_rows(x, n, w, i * part_rows, part);
+    });
+    let out = &mut out[..(n - 1) * out_stride + out_offset + rows];
+    for (t, out) in out.chunks_mut(out_stride).enumerate() {
+        let out = &mut out[out_offset..][..rows];
+        let parts = parts.chunks(n * part_rows);
+        for (out, part) in out.chunks_mut(part_rows).zip(parts) {
+            out.copy_from_slice(&part[t * out.len()..][..out.len()]);
+        }
+    }
+}
+
+/// Root-mean-square norm of rows: `out = x / sqrt(mean(x²) + eps) * weight`, each row as long
+/// as `weight`; `x` and `out` are `[n, weight.len()]`. Statistics are f32 (Zhang and Sennrich,
+/// 2019, and `Phi3RMSNorm`).
+///
+/// # Panics
+/// When `x` and `out` differ in length or are not a whole number of rows.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    check_rows("rms_norm: x", x.len(), width, out.len() / width.max(1));
+    check_rows("rms_norm: out", out.len(), width, x.len() / width.max(1));
+    threads::for_each_part(out, width, x.len().saturating_mul(2), |first, out| {
+        let x = x[first * width..].chunks_exact(width);
+        for (x, out) in x.zip(out.chunks_exact_mut(width)) {
+            scalar::rms_norm_row(x, weight, eps, out);
+        }
+    });
+}
+
+/// The gated activation of Phi-3's MLP: `out = up * silu(gate)`, `silu(g) = g / (1 + exp(-g))`.
+/// Rows of `gate_up` are `[gate | up]`, each half `intermediate` long; `out` is
+/// `[n, intermediate]`.
+///
+/// # Panics
+/// When `gate_up` is not twice as long as `out`, or `out` not a whole number of rows.
+pub fn silu_mul(gate_up: &[f32], intermediate: usize, out: &mut [f32]) {
+    let n = out.len() / intermediate.max(1);
+    check_rows("silu_mul: out", out.len(), intermediate, n);
+    check_rows(
+        "silu_mul: gate_up halves",
+        gate_up.len(),
+        intermediate,
+        2 * n,
+    );
+    let work = out.len().saturating_mul(EXP_WORK);
+    threads::for_each_part(out, intermediate, work, |first, out| {
+        let gate_up = gate_up[2 * first * intermediate..].chunks_exact(2 * intermediate);
+        for (gate_up, out) in gate_up.zip(out.chunks_exact_mut(intermediate)) {
+            let (gate, up) = gate_up.split_at(intermediate);
+            scalar::silu_mul_row(gate, up, out);
+        }
+    });
+}
+
+/// Rotary position embedding in place, in the layout of GPT-NeoX (`rotate_half`): in every head,
+/// `(x[j], x[j + rotary_half])` is rotated by the angle whose cosine and sine are
+/// `cos[t, j]` and `sin[t, j]`; elements from `2 * rotary_half` on stay as they are.
+///
+/// `x` is `[n, heads, head_dim]`, `cos` and `sin` `[n, rotary_half]`, with whatever factor the
+/// caller's rope variant puts on them.
+///
+/// # Panics
+/// When `2 * rotary_half` is larger than `head_dim`, or the lengths do not fit one n.
+pub fn rope(
+    x: &mut [f32],
+    heads: usize,
+    head_dim: usize,
+    cos: &[f32],
+    sin: &[f32],
+    rotary_half: usize,
+) {
+    assert!(
+        rotary_half <= head_dim / 2,
+        "rope: two halves of {rotary_half} do not fit a head of {head_dim}"
+    );
+    let width = heads.saturating_mul(head_dim);
+    let n = x.len() / width.max(1);
+    check_rows("rope: x", x.len(), width, n);
+    check_rows("rope: cos", cos.len(), rotary_half, n);
+    check_rows("rope: sin", sin.len(), rotary_half, n);
+    if rotary_half == 0 {
+        return;
+    }
+    let work = x.len().saturating_mul(2);
+    threads::for_each_part(x, width, work, |first, x| {
+        let cos = cos[first * rotary_half..].chunks_exact(rotary_half);
+        let sin = sin[first * rotary_half..].chunks_exact(rotary_half);
+        for ((x, cos), sin) in x.chunks_exact_mut(width).zip(cos).zip(sin) {
+            for head in x.chunks_exact_mut(head_dim) {
+                scalar::rope_head(head, cos, sin);
+            }
+        }
+    });
+}
+
+/// The index of the largest value, the first of equals. NaN never wins; `None` when nothing
+/// else is there.
+pub fn argmax(x: &[f32]) -> Option<usize> {
+    scalar::argmax(x)
+}
+
+fn check_rows(what: &str, found: usize, width: usize, n: usize) {
+    assert!(
+        width.checked_mul(n) == Some(found),
+        "{what} has {found} elements; expected {n} rows of {width}"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn argmax_takes_the_first_of_equals_and_never_nan() {
+        assert_eq!(argmax(&[]), None);
+        assert_eq!(argmax(&[f32::NAN]), None);
+        assert_eq!(argmax(&[f32::NAN, f32::NEG_INFINITY, f32::NAN]), Some(1));
+        assert_eq!(argmax(&[1.0, 3.0, f32::NAN, 3.0]), Some(1));
+        assert_eq!(argmax(&[-0.0, 0.0]), Some(0));
+    }
+
+    #[test]
+    fn lengths_that_do_not_fit_are_errors() {
+        let error = dequantize(BlockType::Q8_0, &[0; 34], &mut [0.0; 64]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "bytes to decode (Q8_0): expected 68, found 34"
+        );
+        assert!(dequantize(BlockType::Q8_0, &[0; 34], &mut [0.0; 31]).is_err());
+
+        let bytes = [0; 34 * 3];
+        let w = MatrixRef::new(BlockType::Q8_0, 3, 32, &bytes).unwrap();
+        let error = gather_rows(w, &[0, 3], &mut [0.0; 64]).unwrap_err();
+        assert_eq!(error.to_string(), "row 3 of a matrix: expected less than 3");
+        assert!(gather_rows(w, &[0, 2], &mut [0.0; 63]).is_err());
+        assert!(gather_rows(w, &[], &mut []).is_ok());
+    }
+
+    #[test]
+    fn empty_operands_are_no_panic() {
+        let w = MatrixRef::new(BlockType::F32, 2, 0, &[]).unwrap();
+        let mut out = [7.0; 2];
+        matmul(&[], 1, w, &mut out, 2, 0);
+        assert_eq!(out, [0.0, 0.0]);
+        matmul(&[], 0, w, &mut [], 2, 0);
+        gather_rows(w, &[1, 0], &mut []).unwrap();
+        rms_norm(&[], &[], 1e-5, &mut []);
+        silu_mul(&[], 0, &mut []);
+        rope(&mut [], 0, 4, &[], &[], 2);
+        rope(&mut [1.0; 4], 1, 4, &[], &[], 0);
+    }
+
+    #[test]
+    fn the_gap_between_matrices_is_left_alone() {
+        let bytes: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let w = MatrixRef::new(BlockType::F32, 2, 1, &bytes).unwrap();
+        let mut out = [9.0; 8];
+        matmul(&[10.0, 20.0], 2, w, &mut out, 4, 1);
+        assert_eq!(out, [9.0, 10.0, 20.0, 9.0, 9.0, 20.0, 40.0, 9.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "matmul: 2 rows at offset 1 do not fit a stride of 2")]
+    fn an_overlapping_stride_panics() {
+        let w = MatrixRef::new(BlockType::F16, 2, 1, &[0; 4]).unwrap();
+        matmul(&[1.0], 1, w, &mut [0.0; 3], 2, 1);
+    }
+}

@@ -1,0 +1,145 @@
+//! The specification: every kernel in portable Rust, always compiled, the fallback of every
+//! machine and the oracle of every other backend.
+//!
+//! Functions here work on the part of an operation that one thread does; lengths were checked
+//! by the entry points in `lib.rs`.
+
+mod decode;
+
+pub(crate) use decode::decode;
+
+use crate::{AttentionShape, MatrixRef};
+
+/// Independent partial sums of a dot product, so that the additions of one need not wait for
+/// each other and fill vector registers.
+const LANES: usize = 16;
+
+/// Rows decoded at once: together they stay in the first-level cache, and a long prompt's
+/// activations are read once for all of them.
+const TILE_ROWS: usize = 4;
+
+/// `out[t, i] = x[t] · w[first_row + i]`, `out` `[n, rows]`.
+#[inline(always)]
+pub(crate) fn matmul_rows(
+    x: &[f32],
+    n: usize,
+    w: MatrixRef<'_>,
+    first_row: usize,
+    out: &mut [f32],
+) {
+    let (cols, rows) = (w.cols(), out.len() / n);
+    let mut tile = vec![0.0; TILE_ROWS.min(rows) * cols];
+    for tile_start in (0..rows).step_by(TILE_ROWS) {
+        let tile_rows = TILE_ROWS.min(rows - tile_start);
+        for i in 0..tile_rows {
+            let row = w.row(first_row + tile_start + i);
+            decode(w.block_type(), row, &mut tile[i * cols..][..cols]);
+        }
+        for t in 0..n {
+            let x = &x[t * cols..][..cols];
+            for i in 0..tile_rows {
+                out[t * rows + tile_start + i] = dot(x, &tile[i * cols..][..cols]);
+            }
+        }
+    }
+}
+
+/// The sum of products in f32, in an order that depends on the length alone.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a_chunks, a_tail) = a.as_chunks::<LANES>();
+    let (b_chunks, b_tail) = b.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for (a, b) in a_chunks.iter().zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    for (lane, (a, b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+        *lane += a * b;
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Rows `first_row..` of one head: `q` and `out` `[rows, d]`, `keys` and `values` `[s, d]`.
+#[inline(always)]
+pub(crate) fn attend_rows(
+    q: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    shape: AttentionShape,
+    first_row: usize,
+    out: &mut [f32],
+) {
+    let d = shape.head_dim;
+    let mut weights = Vec::new();
+    for (i, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+        let visible = shape.visible_keys(first_row + i, keys.len() / d);
+        let keys = &keys[visible.start * d..visible.end * d];
+        let values = &values[visible.start * d..visible.end * d];
+
+        weights.clear();
+        weights.extend(keys.chunks_exact(d).map(|k| dot(q, k) * shape.scale));
+        let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.0;
+        for weight in &mut weights {
+            *weight = (*weight - max).exp();
+            sum += *weight;
+        }
+
+        out.fill(0.0);
+        for (v, weight) in values.chunks_exact(d).zip(&weights) {
+            for (out, v) in out.iter_mut().zip(v) {
+                *out += weight * v;
+            }
+        }
+        if !weights.is_empty() {
+            out.iter_mut().for_each(|out| *out /= sum);
+        }
+    }
+}
+
+/// One row: `x / sqrt(mean(x²) + eps) * weight`.
+#[inline(always)]
+pub(crate) fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+/// One row: `up * silu(gate)` with `silu(g) = g / (1 + exp(-g))`.
+#[inline(always)]
+pub(crate) fn silu_mul_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = up * (gate / (1.0 + (-gate).exp()));
+    }
+}
+
+/// One head: rotates `(x[j], x[j + half])` by the angle j, for j below `half = cos.len()`.
+#[inline(always)]
+pub(crate) fn rope_head(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = x.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+/// Index of the largest value, the first of equals; NaN never wins.
+#[inline(always)]
+pub(crate) fn argmax(x: &[f32]) -> Option<usize> {
+    let mut best: Option<(usize, f32)> = None;
+    for (i, &v) in x.iter().enumerate() {
+        if !v.is_nan() && best.is_none_or(|(_, max)| v > max) {
+            best = Some((i, v));
+        }
+    }
+    best.map(|(i, _)| i)
+}

@@ -1,0 +1,179 @@
+//! The thread pool of the kernels.
+//!
+//! A rayon pool of our own: its threads sleep when idle, and its size does not depend on what
+//! else in the process uses rayon's global pool.
+
+use std::collections::HashSet;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use rayon::prelude::*;
+
+/// Multiply-adds below which a second thread costs more than it gives: waking one takes tens
+/// of microseconds.
+const MIN_PARALLEL_WORK: usize = 1 << 16;
+
+/// Tasks for each thread, so that a thread that lost its core for a while is not waited for.
+const TASKS_PER_THREAD: usize = 4;
+
+struct Pool {
+    threads: usize,
+    /// `None` where threads cannot be made: the caller does all work.
+    rayon: Option<rayon::ThreadPool>,
+}
+
+static POOL: RwLock<Option<Arc<Pool>>> = RwLock::new(None);
+
+/// Sets the number of threads that kernels use, 0 for the default ([`num_threads`]). Takes
+/// effect for operations that start afterwards, also when a pool of another size exists.
+pub fn set_num_threads(n: usize) {
+    let n = if n == 0 { default_threads() } else { n };
+    let mut pool = POOL.write().unwrap_or_else(PoisonError::into_inner);
+    if pool.as_ref().is_none_or(|p| p.threads != n) {
+        *pool = Some(Arc::new(Pool::new(n)));
+    }
+}
+
+/// The number of threads that kernels use: what [`set_num_threads`] was given; else the
+/// environment variable `PHI3_THREADS`, if it holds a positive number; else the number of
+/// physical cores this process may use, or of logical ones where the system does not tell the
+/// difference.
+pub fn num_threads() -> usize {
+    pool().threads
+}
+
+/// Runs `f` inside the kernels' pool and returns its result. Kernels called from `f` start
+/// without waking the pool each time, and rayon's own parallel iterators in `f` use the same
+/// threads. A caller with many small kernels in sequence, such as a forward pass, gains by
+/// wrapping them all.
+pub fn parallel<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    match &pool().rayon {
+        Some(rayon) => rayon.install(f),
+        None => f(),
+    }
+}
+
+/// Cuts `out` into parts of whole items (`item` elements each) and calls `f(first item, part)`
+/// for each, with the threads of the pool when `work`, in multiply-adds, pays for them. How
+/// many items a part holds depends on work and threads, so a result must not depend on it.
+pub(crate) fn for_each_part(
+    out: &mut [f32],
+    item: usize,
+    work: usize,
+    f: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let items = out.len().checked_div(item).unwrap_or(0);
+    let chunk = chunk_len(items, work);
+    for_each_chunk(out, chunk * item, |i, part| f(i * chunk, part));
+}
+
+/// Calls `f(i, part)` for each part i of `out`, all but the last `len` long, with the threads
+/// of the pool when there is more than one part.
+pub(crate) fn for_each_chunk(out: &mut [f32], len: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if len < out.len() {
+        parallel(|| {
+            out.par_chunks_mut(len)
+                .enumerate()
+                .for_each(|(i, part)| f(i, part));
+        });
+    } else if !out.is_empty() {
+        f(0, out);
+    }
+}
+
+/// How many of `items` equal pieces of `work` one task takes.
+pub(crate) fn chunk_len(items: usize, work: usize) -> usize {
+    let pool = pool();
+    if pool.threads == 1 || pool.rayon.is_none() || work < MIN_PARALLEL_WORK {
+        return items;
+    }
+    let tasks = (pool.threads * TASKS_PER_THREAD).min(work / (MIN_PARALLEL_WORK / 4));
+    items.div_ceil(tasks.max(1))
+}
+
+fn pool() -> Arc<Pool> {
+    let existing = POOL.read().unwrap_or_else(PoisonError::into_inner).clone();
+    existing.unwrap_or_else(|| {
+        let mut pool = POOL.write().unwrap_or_else(PoisonError::into_inner);
+        pool.get_or_insert_with(|| Arc::new(Pool::new(default_threads())))
+            .clone()
+    })
+}
+
+impl Pool {
+    fn new(threads: usize) -> Self {
+        let rayon = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("phi3-kernels-{i}"))
+            .build()
+            .ok();
+        Pool { threads, rayon }
+    }
+}
+
+fn default_threads() -> usize {
+    static DEFAULT: OnceLock<usize> = OnceLock::new();
+    *DEFAULT.get_or_init(|| {
+        crate::environment::threads()
+            .ok()
+            .flatten()
+            .unwrap_or_else(|| {
+                let usable = std::thread::available_parallelism().map_or(1, usize::from);
+                physical_cores().map_or(usable, |cores| cores.min(usable))
+            })
+    })
+}
+
+/// Distinct cores among the logical processors, where the system lists them (Linux). Elsewhere
+/// the standard library offers only logical processors.
+fn physical_cores() -> Option<usize> {
+    let mut cores = HashSet::new();
+    for cpu in std::fs::read_dir("/sys/devices/system/cpu").ok()? {
+        let siblings = cpu.ok()?.path().join("topology/thread_siblings_list");
+        // Other entries of the folder, and processors that are switched off, have no such file.
+        if let Ok(siblings) = std::fs::read_to_string(siblings) {
+            cores.insert(siblings);
+        }
+    }
+    (!cores.is_empty()).then_some(cores.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn every_part_is_visited_once() {
+        for threads in [1, 3] {
+            set_num_threads(threads);
+            assert_eq!(num_threads(), threads);
+            for items in [0, 1, 2, 7, 1000] {
+                for work in [0, 1 << 17, usize::MAX] {
+                    let mut out = vec![0.0; items * 3];
+                    for_each_part(&mut out, 3, work, |first, part| {
+                        for (i, v) in part.iter_mut().enumerate() {
+                            *v += (first * 3 + i) as f32;
+                        }
+                    });
+                    assert!(out.iter().enumerate().all(|(i, v)| *v == i as f32));
+                }
+            }
+        }
+        set_num_threads(0);
+        assert_eq!(num_threads(), default_threads());
+    }
+
+    #[test]
+    fn kernels_inside_parallel_do_not_deadlock() {
+        let calls = AtomicUsize::new(0);
+        parallel(|| {
+            (0..8).into_par_iter().for_each(|_| {
+                let mut out = vec![0.0; 64];
+                for_each_part(&mut out, 1, usize::MAX, |_, part| {
+                    calls.fetch_add(part.len(), Ordering::Relaxed);
+                });
+            });
+        });
+        assert_eq!(calls.into_inner(), 8 * 64);
+    }
+}
