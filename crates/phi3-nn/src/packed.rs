@@ -52,7 +52,7 @@ impl<'a, 's> Packed<'a, 's> {
     pub fn begin(
         input: Input<'a>,
         spans: &'a mut [Span<'s>],
-        observer: Option<&'a mut dyn Observer>,
+        observer: Option<&'a mut (dyn Observer + '_)>,
     ) -> Result<Self> {
         let expected: usize = spans.iter().map(|span| span.len).sum();
         if expected != input.len() {
@@ -86,6 +86,8 @@ impl<'a, 's> Packed<'a, 's> {
                 span.cache.clear_keys();
             }
         }
+        // The coercion shortens the observer's own lifetime, which nothing else can.
+        let observer = observer.map(|observer| -> &'a mut dyn Observer { observer });
         Ok(Self {
             input,
             spans,

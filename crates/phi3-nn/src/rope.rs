@@ -168,15 +168,16 @@ impl LongRope {
         original: Option<usize>,
         max_position_embeddings: usize,
     ) -> Result<Self> {
+        // Where the original length stands beside the rope parameters the ratio of the lengths
+        // rules, as in the reference; `factor` only counts where everything stands inside.
+        let factor = raw.factor.filter(|_| original.is_none());
         let original = original
             .or(raw.original_max_position_embeddings)
             .filter(|&original| original > 1)
             .ok_or_else(|| {
                 Error::config("longrope needs original_max_position_embeddings above 1")
             })?;
-        let s = raw
-            .factor
-            .unwrap_or(max_position_embeddings as f64 / original as f64);
+        let s = factor.unwrap_or(max_position_embeddings as f64 / original as f64);
         let (short_factor, long_factor) = match (
             &raw.short_factor,
             &raw.long_factor,
