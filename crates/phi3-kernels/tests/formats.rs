@@ -1,5 +1,10 @@
 //! Every stored type decodes as the `gguf` package does, bit for bit.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy's exception for tests covers only test functions"
+)]
+
 use std::path::Path;
 
 use phi3_kernels::{BlockType, MatrixRef, dequantize, gather_rows, matmul};

@@ -7,11 +7,14 @@
 use crate::BlockType;
 
 /// Decodes as many whole blocks as both slices hold.
-#[inline(always)]
+///
+/// A function of its own, because the compiler knows of its arguments, but not of the same
+/// slices inside a larger function, that they do not overlap, and vectorizes accordingly.
+#[inline(never)]
 pub(crate) fn decode(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
     match block_type {
         BlockType::F32 => each(bytes, out, |b: &[u8; 4], o| *o = [f32::from_le_bytes(*b)]),
-        BlockType::F16 => each(bytes, out, |b: &[u8; 2], o| *o = [f16(b, 0)]),
+        BlockType::F16 => each(bytes, out, |b, o| *o = [f16_to_f32(u16::from_le_bytes(*b))]),
         BlockType::BF16 => each(bytes, out, |b, o| *o = [bf16(b)]),
         BlockType::Q4_0 => each(bytes, out, q4_0),
         BlockType::Q4_1 => each(bytes, out, q4_1),
@@ -132,14 +135,15 @@ pub(crate) const IQ4_NL_VALUES: [f32; 16] = [
 #[inline(always)]
 fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
     let (d, dmin) = (f16(block, 80), f16(block, 82));
-    let (groups, _) = out.as_chunks_mut::<16>();
+    let factors = array::<16>(block, 0);
+    let scales = factors.map(|f| d * f32::from(f & 15));
+    let mins = factors.map(|f| dmin * f32::from(f >> 4));
+    let (groups, _) = out.as_chunks_mut::<32>();
     for (g, out) in groups.iter_mut().enumerate() {
-        let scale = d * f32::from(block[g] & 15);
-        let min = dmin * f32::from(block[g] >> 4);
-        let q = array::<16>(block, 16 + 32 * (g / 8) + 16 * (g % 2));
-        let shift = 2 * (g / 2 % 4);
-        for l in 0..16 {
-            out[l] = scale * f32::from(q[l] >> shift & 3) - min;
+        let q = array::<32>(block, 16 + 32 * (g / 4));
+        for l in 0..32 {
+            let q = q[l] >> (2 * (g % 4)) & 3;
+            out[l] = scales[2 * g + l / 16] * f32::from(q) - mins[2 * g + l / 16];
         }
     }
 }
@@ -149,17 +153,14 @@ fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
 #[inline(always)]
 fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
     let d = f16(block, 108);
-    let scales = q3_k_scales(array(block, 96));
-    let (groups, _) = out.as_chunks_mut::<16>();
+    let scales = q3_k_scales(array(block, 96)).map(|s| d * f32::from(s));
+    let third = array::<32>(block, 0);
+    let (groups, _) = out.as_chunks_mut::<32>();
     for (g, out) in groups.iter_mut().enumerate() {
-        let scale = d * f32::from(scales[g]);
-        let q = array::<16>(block, 32 + 32 * (g / 8) + 16 * (g % 2));
-        let high = array::<16>(block, 16 * (g % 2));
-        let shift = 2 * (g / 2 % 4);
-        let bit = g / 2;
-        for l in 0..16 {
-            let q = q[l] >> shift & 3 | (high[l] >> bit & 1) << 2;
-            out[l] = scale * (i32::from(q) - 4) as f32;
+        let low = array::<32>(block, 32 + 32 * (g / 4));
+        for l in 0..32 {
+            let q = low[l] >> (2 * (g % 4)) & 3 | (third[l] >> g & 1) << 2;
+            out[l] = scales[2 * g + l / 16] * (i32::from(q) - 4) as f32;
         }
     }
 }
@@ -237,16 +238,19 @@ fn scaled_groups(block: &[u8]) -> [(f32, f32); 8] {
 #[inline(always)]
 fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let d = f16(block, 208);
-    let (groups, _) = out.as_chunks_mut::<16>();
-    for (g, out) in groups.iter_mut().enumerate() {
-        let scale = d * f32::from(block[192 + g] as i8);
-        let half = g / 8;
-        let low = array::<16>(block, 64 * half + 16 * (g % 4));
-        let high = array::<16>(block, 128 + 32 * half + 16 * (g % 2));
-        let (low_shift, high_shift) = (4 * (g / 4 % 2), 2 * (g / 2 % 4));
-        for l in 0..16 {
-            let q = low[l] >> low_shift & 15 | (high[l] >> high_shift & 3) << 4;
-            out[l] = scale * (i32::from(q) - 32) as f32;
+    let (halves, _) = out.as_chunks_mut::<128>();
+    for (i, out) in halves.iter_mut().enumerate() {
+        let low = array::<64>(block, 64 * i);
+        let high = array::<32>(block, 128 + 32 * i);
+        let scales = array::<8>(block, 192 + 8 * i).map(|s| d * f32::from(s as i8));
+        for l in 0..32 {
+            let weight = |group: usize, low: u8, high: u8| {
+                scales[group + l / 16] * (i32::from(low & 15 | (high & 3) << 4) - 32) as f32
+            };
+            out[l] = weight(0, low[l], high[l]);
+            out[l + 32] = weight(2, low[l + 32], high[l] >> 2);
+            out[l + 64] = weight(4, low[l] >> 4, high[l] >> 4);
+            out[l + 96] = weight(6, low[l + 32] >> 4, high[l] >> 6);
         }
     }
 }
@@ -260,7 +264,7 @@ fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
 
 #[inline(always)]
 fn f16(block: &[u8], at: usize) -> f32 {
-    f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
+    f16_to_f32(u16::from_le_bytes(*array(block, at)))
 }
 
 #[inline(always)]
@@ -277,16 +281,18 @@ pub(crate) fn f16_to_f32(h: u16) -> f32 {
     let sign = u32::from(h & 0x8000) << 16;
     let magnitude = u32::from(h & 0x7fff);
     // Exponent rebased from 15 to 127; once more for infinities and NaN.
-    let normal = (magnitude << 13) + (112 << 23);
-    let special = normal + (112 << 23);
+    let rebase = if magnitude < 0x7c00 {
+        112 << 23
+    } else {
+        224 << 23
+    };
+    let normal = (magnitude << 13) + rebase;
     // A subnormal counts units of 2^-24, which is the last place of a single in [0.5, 1).
     let subnormal = (f32::from_bits((126 << 23) | magnitude) - 0.5).to_bits();
     let bits = if magnitude < 0x0400 {
         subnormal
-    } else if magnitude < 0x7c00 {
-        normal
     } else {
-        special
+        normal
     };
     f32::from_bits(bits | sign)
 }
