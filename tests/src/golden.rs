@@ -1,0 +1,149 @@
+//! Golden values of a tiny checkpoint, read with the `safetensors` crate, which the project itself
+//! does not use: an independent reader.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device};
+use phi3_kernels::BlockType;
+use phi3_nn::{MemorySource, StoredTensor, Weights};
+use safetensors::{Dtype, SafeTensors};
+
+/// A golden tensor: integers or floats with their shape.
+#[derive(Clone, Debug)]
+pub enum Golden {
+    /// int64.
+    Ids(Vec<u32>, Vec<usize>),
+    /// float32.
+    Floats(Vec<f32>, Vec<usize>),
+}
+
+/// A checkpoint folder with `golden.safetensors` beside its weights.
+pub struct Kit {
+    /// config.json.
+    pub config: serde_json::Value,
+    /// Tensor `<case>.<name>`.
+    goldens: BTreeMap<String, Golden>,
+    weights: Vec<u8>,
+}
+
+impl Kit {
+    /// Reads the folder.
+    ///
+    /// # Errors
+    /// If a file is missing or malformed.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
+        };
+        let bytes = read("golden.safetensors")?;
+        let mut goldens = BTreeMap::new();
+        for (name, view) in SafeTensors::deserialize(&bytes)?.tensors() {
+            let shape = view.shape().to_vec();
+            let golden = match view.dtype() {
+                Dtype::I64 => {
+                    let ids = view.data().chunks_exact(8).map(|c| {
+                        c.try_into()
+                            .map(|c| i64::from_le_bytes(c).try_into().unwrap_or(u32::MAX))
+                    });
+                    Golden::Ids(ids.collect::<Result<_, _>>()?, shape)
+                }
+                Dtype::F32 => {
+                    let floats = view
+                        .data()
+                        .chunks_exact(4)
+                        .map(|c| c.try_into().map(f32::from_le_bytes));
+                    Golden::Floats(floats.collect::<Result<_, _>>()?, shape)
+                }
+                other => bail!("golden `{name}` is {other:?}"),
+            };
+            goldens.insert(name, golden);
+        }
+        Ok(Self {
+            config: serde_json::from_slice(&read("config.json")?)?,
+            goldens,
+            weights: read("model.safetensors")?,
+        })
+    }
+
+    /// The checkpoint's weights on `device`, stored as they are.
+    ///
+    /// # Errors
+    /// If the file is malformed.
+    pub fn weights(&self, device: &Device) -> Result<Weights> {
+        self.weights_as(device, |_, block_type, bytes| (block_type, bytes.to_vec()))
+    }
+
+    /// The checkpoint's weights after `convert(name, stored type, bytes)`.
+    ///
+    /// # Errors
+    /// If the file is malformed, or the converted bytes do not fit.
+    pub fn weights_as(
+        &self,
+        device: &Device,
+        convert: impl Fn(&str, BlockType, &[u8]) -> (BlockType, Vec<u8>),
+    ) -> Result<Weights> {
+        let mut source = MemorySource::new();
+        for (name, view) in SafeTensors::deserialize(&self.weights)?.tensors() {
+            let block_type = match view.dtype() {
+                Dtype::F32 => BlockType::F32,
+                Dtype::F16 => BlockType::F16,
+                Dtype::BF16 => BlockType::BF16,
+                other => bail!("weight `{name}` is {other:?}"),
+            };
+            let (block_type, bytes) = convert(&name, block_type, view.data());
+            source.insert(
+                name,
+                StoredTensor::new(view.shape().to_vec(), block_type, bytes.into())?,
+            );
+        }
+        Ok(Weights::new(
+            std::sync::Arc::new(source),
+            device.clone(),
+            DType::F32,
+        ))
+    }
+
+    /// Case names, sorted.
+    pub fn cases(&self) -> Vec<String> {
+        let mut cases: Vec<_> = self
+            .goldens
+            .keys()
+            .filter_map(|name| name.split_once('.').map(|(case, _)| case.to_owned()))
+            .collect();
+        cases.dedup();
+        cases
+    }
+
+    /// The ids `<case>.<name>`.
+    pub fn ids(&self, case: &str, name: &str) -> Option<&[u32]> {
+        match self.goldens.get(&format!("{case}.{name}")) {
+            Some(Golden::Ids(ids, _)) => Some(ids),
+            _ => None,
+        }
+    }
+
+    /// The floats `<case>.<name>`.
+    pub fn floats(&self, case: &str, name: &str) -> Option<&[f32]> {
+        match self.goldens.get(&format!("{case}.{name}")) {
+            Some(Golden::Floats(floats, _)) => Some(floats),
+            _ => None,
+        }
+    }
+
+    /// The hidden states that a case stores, in the order in which a model computes them.
+    pub fn hidden_states(&self, case: &str) -> Vec<(String, &[f32])> {
+        [
+            "hidden_embed",
+            "hidden_layer0_attn",
+            "hidden_layer0",
+            "hidden_layer_last",
+            "hidden_final_norm",
+        ]
+        .into_iter()
+        .filter_map(|name| Some((name.to_owned(), self.floats(case, name)?)))
+        .collect()
+    }
+}
