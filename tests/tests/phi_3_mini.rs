@@ -72,6 +72,21 @@ fn every_golden_of_the_full_kit_holds() -> Result<()> {
     Ok(())
 }
 
+/// What a GPU runs: candle's operations instead of the kernels, here on the CPU. Also the slow
+/// oracle of the kernels.
+#[test]
+fn every_golden_holds_in_candle_operations() -> Result<()> {
+    for name in FIXTURES {
+        let kit = Kit::load(&fixtures().join(name))?;
+        let weights = kit.weights(&Device::Cpu)?.with_candle_operations();
+        let model = Model::new(&Config::from_json(&kit.config)?, weights)?;
+        check_kit(&kit, &model).with_context(|| name.to_owned())?;
+        let sequences: Vec<_> = [9, 33, 36].iter().map(|&len| some_ids(2, len)).collect();
+        check_contract(&model, &sequences).with_context(|| name.to_owned())?;
+    }
+    Ok(())
+}
+
 #[test]
 fn bf16_storage_gives_the_goldens_of_the_same_weights() -> Result<()> {
     // Its goldens were computed in f32 from the bf16 weights: nothing is lost by storing them so.

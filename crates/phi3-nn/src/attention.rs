@@ -8,7 +8,7 @@ use phi3_kernels::AttentionShape;
 
 use crate::error::{Error, Result};
 use crate::host;
-use crate::kv_cache::{HostHeads, LayerCache};
+use crate::kv_cache::LayerView;
 use crate::packed::Packed;
 
 /// Which keys a query sees. A query at position i always sees itself and never what comes after.
@@ -77,14 +77,15 @@ pub fn attention(
             let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
             attend_with_candle(&q, &k, &v, 0, 0, params)?
         } else {
-            let cache = sequence
-                .cache
-                .append(params.layer_idx, sequence.start, &k, &v)?;
-            match cache.host() {
-                Some(_) => attend_on_host(&q, cache, sequence.start, params)?,
-                None => {
-                    let (k, v) = cache.tensors()?;
-                    attend_with_candle(&q, &k, &v, sequence.start, cache.first(), params)?
+            let q_start = sequence.start;
+            let cache = sequence.cache.append(params.layer_idx, q_start, &k, &v)?;
+            let k_start = cache.first();
+            match cache.view()? {
+                LayerView::Host { keys, values } => {
+                    attend_on_host(&q, keys, values, q_start, k_start, params)?
+                }
+                LayerView::Device { keys, values } => {
+                    attend_with_candle(&q, keys, values, q_start, k_start, params)?
                 }
             }
         };
@@ -97,24 +98,21 @@ pub fn attention(
     }
 }
 
-/// One sequence in `phi3-kernels`: q `[l, h, d]` to `[l, h*d]`.
+/// One sequence in `phi3-kernels`: q `[l, h, d]`, per key/value head `[s, d]`, to `[l, h*d]`.
 fn attend_on_host(
     q: &Tensor,
-    cache: &LayerCache,
+    keys: &[Vec<f32>],
+    values: &[Vec<f32>],
     q_start: usize,
+    k_start: usize,
     params: AttentionParams,
 ) -> Result<Tensor> {
     let (len, num_heads, head_dim) = q.dims3()?;
-    let Some(HostHeads { keys, values }) = cache.host() else {
-        return Err(Error::Batch(
-            "the cache does not lie in host memory".to_owned(),
-        ));
-    };
     let group = num_heads / keys.len().max(1);
     let shape = AttentionShape {
         head_dim,
         q_start,
-        k_start: cache.first(),
+        k_start,
         window: params.pattern.window(),
         scale: params.scale,
     };
@@ -206,4 +204,42 @@ fn additive_mask(
         }
     }
     Ok(Tensor::from_vec(mask, (len, num_keys), device)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both forms on random queries of a chunk that continues a longer sequence.
+    #[test]
+    fn kernels_equal_the_candle_oracle() -> Result<()> {
+        for (num_heads, num_kv_heads, head_dim) in [(4, 4, 16), (6, 2, 24), (5, 1, 8)] {
+            for pattern in [AttentionPattern::Causal, AttentionPattern::SlidingWindow(3)] {
+                let (q_start, k_start, len) = (9, 4, 5);
+                let num_keys = q_start + len - k_start;
+                let random = |shape| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+                let q = random((len, num_heads, head_dim))?;
+                let k = random((num_kv_heads, num_keys, head_dim))?;
+                let v = random((num_kv_heads, num_keys, head_dim))?;
+                let params = AttentionParams {
+                    layer_idx: 0,
+                    pattern,
+                    scale: 0.3,
+                };
+                let heads = |x: &Tensor| -> Result<Vec<Vec<f32>>> {
+                    (0..num_kv_heads)
+                        .map(|head| host::to_vec_f32(&x.get(head)?))
+                        .collect()
+                };
+                let fast = attend_on_host(&q, &heads(&k)?, &heads(&v)?, q_start, k_start, params)?;
+                let slow = attend_with_candle(&q, &k, &v, q_start, k_start, params)?;
+                let difference = (fast - slow)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(
+                    difference < 1e-5,
+                    "{num_heads} heads, {pattern:?}: {difference}"
+                );
+            }
+        }
+        Ok(())
+    }
 }

@@ -1,21 +1,20 @@
 //! Token embeddings: rows of a matrix, decoded as they are asked for.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use phi3_kernels::{MatrixRef, gather_rows};
 
 use crate::error::{Error, Result};
 use crate::linear::Linear;
-use crate::weights::{StoredTensor, Weights};
+use crate::weights::{Backend, StoredTensor, Weights};
 
 /// Rows `[vocab, hidden]`. A tied output head multiplies with the same matrix: [`Embedding::as_linear`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Embedding {
     weight: Weight,
     vocab_size: usize,
     hidden_size: usize,
     stored: StoredTensor,
-    dtype: DType,
-    device: Device,
+    target: Weights,
 }
 
 #[derive(Clone, Debug)]
@@ -33,7 +32,7 @@ impl Embedding {
     /// As [`Weights::stored`].
     pub fn load(weights: Weights, vocab_size: usize, hidden_size: usize) -> Result<Self> {
         let stored = weights.stored("weight", &[vocab_size, hidden_size])?;
-        let weight = if weights.device().is_cpu() {
+        let weight = if weights.backend() == Backend::Kernels {
             Weight::Stored
         } else {
             let dense = weights.tensor_f32("weight", &[vocab_size, hidden_size])?;
@@ -44,8 +43,7 @@ impl Embedding {
             vocab_size,
             hidden_size,
             stored,
-            dtype: weights.dtype(),
-            device: weights.device().clone(),
+            target: weights,
         })
     }
 
@@ -61,7 +59,7 @@ impl Embedding {
             });
         }
         if let Weight::Dense(rows) = &self.weight {
-            return Ok(rows.index_select(&Tensor::new(ids, &self.device)?, 0)?);
+            return Ok(rows.index_select(&Tensor::new(ids, self.target.device())?, 0)?);
         }
         let mut out = vec![0f32; ids.len() * self.hidden_size];
         // Parts are stacked by rows: each serves the ids that fall into it.
@@ -86,7 +84,7 @@ impl Embedding {
         Ok(Tensor::from_vec(
             out,
             (ids.len(), self.hidden_size),
-            &self.device,
+            self.target.device(),
         )?)
     }
 
@@ -105,13 +103,7 @@ impl Embedding {
             {
                 Linear::from_tensors(name, rows.clone(), None)
             }
-            _ => Linear::from_stored(
-                name.into(),
-                self.stored.clone(),
-                None,
-                &self.device,
-                self.dtype,
-            ),
+            _ => Linear::from_stored(name.into(), self.stored.clone(), None, &self.target),
         }
     }
 }

@@ -6,12 +6,13 @@
 //! with the factors, so the keys of every layer do), when it is truncated back below it, or when a
 //! truncation reaches behind what a sliding window has kept.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::attention::AttentionPattern;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::rope::Regime;
+use crate::weights::Backend;
 
 /// What happens to keys computed in another LongRoPE regime than the sequence's length asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,19 +41,18 @@ pub struct CacheSpec {
     pub recompute: Recompute,
     /// Longest sequence, in tokens.
     pub max_len: usize,
-    /// Where keys and values live.
-    pub device: Device,
-    /// Their dtype on devices other than the CPU, which keeps f32.
+    /// Who attends: the kernels keep f32 in host memory, candle tensors of `dtype`.
+    pub backend: Backend,
+    /// Dtype of candle's keys and values.
     pub dtype: DType,
 }
 
 impl CacheSpec {
     /// Bytes of keys and values that a sequence of `len` tokens holds at most.
     pub fn bytes_at(&self, len: usize) -> usize {
-        let dtype = if self.device.is_cpu() {
-            DType::F32
-        } else {
-            self.dtype
+        let dtype = match self.backend {
+            Backend::Kernels => DType::F32,
+            Backend::Candle => self.dtype,
         };
         let per_position = 2 * self.num_key_value_heads * self.head_dim * dtype.size_in_bytes();
         let positions: usize = self
@@ -339,11 +339,18 @@ pub(crate) struct LayerCache {
     store: Store,
 }
 
-/// Per key/value head its keys and values, `[s, d]` each.
-#[derive(Clone, Copy)]
-pub(crate) struct HostHeads<'c> {
-    pub(crate) keys: &'c [Vec<f32>],
-    pub(crate) values: &'c [Vec<f32>],
+/// What attention reads of a layer's cache.
+pub(crate) enum LayerView<'c> {
+    /// Per key/value head its keys and values, `[s, d]` each.
+    Host {
+        keys: &'c [Vec<f32>],
+        values: &'c [Vec<f32>],
+    },
+    /// `[k, s, d]`.
+    Device {
+        keys: &'c Tensor,
+        values: &'c Tensor,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -364,7 +371,7 @@ enum Store {
 
 impl LayerCache {
     fn new(spec: &CacheSpec) -> Self {
-        let store = if spec.device.is_cpu() {
+        let store = if spec.backend == Backend::Kernels {
             Store::Host {
                 keys: vec![Vec::new(); spec.num_key_value_heads],
                 values: vec![Vec::new(); spec.num_key_value_heads],
@@ -385,34 +392,15 @@ impl LayerCache {
         self.first
     }
 
-    /// The heads, if they lie in host memory.
-    pub(crate) fn host(&self) -> Option<HostHeads<'_>> {
+    /// The keys and values that are kept.
+    pub(crate) fn view(&self) -> Result<LayerView<'_>> {
         match &self.store {
-            Store::Host { keys, values, .. } => Some(HostHeads { keys, values }),
-            Store::Device { .. } => None,
-        }
-    }
-
-    /// Keys and values as tensors `[k, s, d]`.
-    pub(crate) fn tensors(&self) -> Result<(Tensor, Tensor)> {
-        match &self.store {
-            Store::Host {
-                keys,
-                values,
-                head_dim,
-            } => {
-                let tensor = |heads: &[Vec<f32>]| -> Result<Tensor> {
-                    let rows = heads.first().map_or(0, |head| head.len() / head_dim);
-                    let shape = (heads.len(), rows, *head_dim);
-                    Ok(Tensor::from_vec(heads.concat(), shape, &Device::Cpu)?)
-                };
-                Ok((tensor(keys)?, tensor(values)?))
-            }
+            Store::Host { keys, values, .. } => Ok(LayerView::Host { keys, values }),
             Store::Device {
                 keys: Some(keys),
                 values: Some(values),
                 ..
-            } => Ok((keys.clone(), values.clone())),
+            } => Ok(LayerView::Device { keys, values }),
             Store::Device { .. } => Err(Error::Batch("the cache holds no key yet".to_owned())),
         }
     }

@@ -24,7 +24,7 @@ use phi3_kernels::{BlockType, MatrixRef};
 
 use crate::error::{Error, Result};
 use crate::host;
-use crate::weights::{StoredTensor, TensorPart, Weights};
+use crate::weights::{Backend, StoredTensor, TensorPart, Weights};
 
 /// A linear layer.
 #[derive(Clone, Debug)]
@@ -71,10 +71,10 @@ impl Linear {
             false => None,
         };
         let name = weights.full_name("").trim_end_matches('.').to_owned();
-        Self::from_stored(name, stored, bias, weights.device(), weights.dtype())
+        Self::from_stored(name, stored, bias, &weights)
     }
 
-    /// A layer over a stored weight `[out, in]`, for `device`.
+    /// A layer over a stored weight `[out, in]`, for the device and backend of `target`.
     ///
     /// # Errors
     /// [`Error::TensorBytes`] if it does not decode, [`Error::Candle`] if the device refuses it.
@@ -82,20 +82,19 @@ impl Linear {
         name: String,
         stored: StoredTensor,
         bias: Option<Tensor>,
-        device: &Device,
-        dtype: DType,
+        target: &Weights,
     ) -> Result<Self> {
         let (in_features, out_features) = (
             stored.columns(),
             stored.elements() / stored.columns().max(1),
         );
-        let weight = if device.is_cpu() {
+        let weight = if target.backend() == Backend::Kernels {
             Weight::Stored(stored)
         } else {
             let matrices = stored
                 .parts()
                 .iter()
-                .map(|part| DeviceMatrix::new(&name, part, in_features, device, dtype));
+                .map(|part| DeviceMatrix::new(&name, part, in_features, target));
             Weight::Device(matrices.collect::<Result<_>>()?)
         };
         Ok(Self {
@@ -188,13 +187,8 @@ fn stored_matmul(name: &str, x: &[f32], rows: usize, stored: &StoredTensor) -> R
 }
 
 impl DeviceMatrix {
-    fn new(
-        name: &str,
-        part: &TensorPart,
-        columns: usize,
-        device: &Device,
-        dtype: DType,
-    ) -> Result<Self> {
+    fn new(name: &str, part: &TensorPart, columns: usize, target: &Weights) -> Result<Self> {
+        let device = target.device();
         if let Some(ggml) = candle_block_type(part.block_type) {
             let storage = QStorage::from_data(Cow::Borrowed(&*part.bytes), device, ggml)?;
             let tensor = QTensor::new(storage, (part.rows, columns))?;
@@ -207,7 +201,9 @@ impl DeviceMatrix {
                 source,
             })?;
         let dense = Tensor::from_vec(stored, (part.rows, columns), &Device::Cpu)?;
-        Ok(Self::Dense(dense.to_dtype(dtype)?.to_device(device)?))
+        Ok(Self::Dense(
+            dense.to_dtype(target.dtype())?.to_device(device)?,
+        ))
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -236,4 +232,62 @@ fn candle_block_type(block_type: BlockType) -> Option<GgmlDType> {
         BlockType::Q6K => GgmlDType::Q6K,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::MemorySource;
+
+    fn f32_bytes(values: &[f32]) -> crate::Bytes {
+        values
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect::<Vec<_>>()
+            .into()
+    }
+
+    /// A weight in two parts of different types gives what the whole gives, in either backend.
+    #[test]
+    fn parts_lie_side_by_side() -> Result<()> {
+        let top: Vec<f32> = (0..8).map(|v| v as f32 / 4.0).collect(); // [2, 4]
+        let bottom = [1f32, -2.0, 0.5, 4.0]; // [1, 4]
+        let halves: Vec<u8> = bottom
+            .iter()
+            .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
+            .collect();
+        let part = |block_type, rows, bytes| TensorPart {
+            block_type,
+            rows,
+            bytes,
+        };
+        let stacked = StoredTensor::stacked(
+            vec![3, 4],
+            vec![
+                part(BlockType::F32, 2, f32_bytes(&top)),
+                part(BlockType::F16, 1, halves.into()),
+            ],
+        );
+        let mut source = MemorySource::new();
+        source.insert("a.weight", stacked.map_err(Error::config)?);
+        let bias = StoredTensor::new(vec![3], BlockType::F32, f32_bytes(&[1.0, 2.0, 3.0]));
+        source.insert("a.bias", bias.map_err(Error::config)?);
+        let weights = Weights::new(Arc::new(source), Device::Cpu, DType::F32);
+
+        let whole: Vec<f32> = top.iter().chain(&bottom).copied().collect();
+        let whole = Tensor::from_vec(whole, (3, 4), &Device::Cpu)?;
+        let x = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu)?;
+        let bias = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu)?;
+        let expected = Linear::from_tensors("whole", whole, Some(bias))?.forward(&x)?;
+        for weights in [weights.clone(), weights.with_candle_operations()] {
+            let found = Linear::load(weights.pp("a"), 4, 3, true)?.forward(&x)?;
+            let difference = (found - &expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(difference < 1e-6, "{:?}: {difference}", weights.backend());
+            let wrong = Linear::load(weights.pp("a"), 5, 3, true)
+                .err()
+                .map(|e| e.to_string());
+            assert!(wrong.is_some_and(|e| e.contains("a.weight") && e.contains("[3, 5]")));
+        }
+        Ok(())
+    }
 }

@@ -356,3 +356,94 @@ impl RopeTables {
         Ok(Tensor::cat(&[rotated_low, rotated_high, rest], 2)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn long_rope() -> LongRope {
+        LongRope {
+            short_factor: vec![1.0, 1.5],
+            long_factor: vec![2.0, 4.0],
+            original_max_position_embeddings: 16,
+            short_mscale: 1.25,
+            long_mscale: 1.5,
+        }
+    }
+
+    #[test]
+    fn factors_divide_the_frequency_and_the_attention_factor_multiplies() -> Result<()> {
+        let parameters = RopeParameters {
+            theta: 100.0,
+            rotary_dim: 4,
+            long: Some(long_rope()),
+        };
+        let rotary = RotaryEmbedding::new(&parameters);
+        let rows = [(3, Regime::Short), (3, Regime::Long)];
+        let tables = rotary.tables(rows.into_iter(), &Device::Cpu)?;
+        let cos = tables.cos.to_vec2::<f32>()?;
+        let close = |a: f32, b: f64| assert!((f64::from(a) - b).abs() < 1e-6, "{a} {b}");
+        close(cos[0][0], 1.25 * 3f64.cos());
+        close(cos[0][1], 1.25 * (3f64 / (1.5 * 10.0)).cos());
+        close(cos[1][0], 1.5 * (3f64 / 2.0).cos());
+        close(cos[1][1], 1.5 * (3f64 / (4.0 * 10.0)).cos());
+        Ok(())
+    }
+
+    #[test]
+    fn kernels_equal_the_candle_form_and_leave_the_rest_of_a_head() -> Result<()> {
+        let parameters = RopeParameters {
+            theta: 1e4,
+            rotary_dim: 4,
+            long: Some(long_rope()),
+        };
+        let rows = (0..5).map(|position| (position, Regime::Long));
+        let tables = RotaryEmbedding::new(&parameters).tables(rows, &Device::Cpu)?;
+        let x = Tensor::randn(0f32, 1.0, (5, 3, 6), &Device::Cpu)?;
+        let (fast, slow) = (tables.apply(&x)?, tables.apply_with_candle(&x)?);
+        let difference = (&fast - slow)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(difference < 1e-6, "{difference}");
+        let rest = |x: &Tensor| x.narrow(2, 4, 2)?.flatten_all()?.to_vec1::<f32>();
+        assert_eq!(rest(&fast)?, rest(&x)?);
+        Ok(())
+    }
+
+    #[test]
+    fn broken_configs_are_refused_by_name() {
+        let parse = |json: &str| serde_json::from_str::<RopeScalingConfig>(json);
+        let message = |json: &str, original| {
+            let raw = parse(json).map_err(Error::config);
+            let result = raw.and_then(|raw| {
+                raw.kind()?;
+                LongRope::from_config(&raw, 4, original, 64)
+            });
+            result.err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        let good = r#"{"type":"su","short_factor":[1,1],"long_factor":[1,2]}"#;
+        assert_eq!(message(good, Some(16)), "");
+        assert!(message(good, None).contains("original_max_position_embeddings"));
+        for (json, part) in [
+            (r#"{"type":"yarn"}"#, "yarn"),
+            (
+                r#"{"type":"su","short_factor":[1],"long_factor":[1,2]}"#,
+                "short_factor has 1",
+            ),
+            (
+                r#"{"type":"su","short_factor":[1,1],"long_factor":[1,0]}"#,
+                "long_factor holds 0",
+            ),
+            (r#"{"type":"su","long_factor":[1,1]}"#, "factor_rule"),
+            (r#"{"rope_type":"longrope","factor_rule":"cubic"}"#, "cubic"),
+        ] {
+            let found = message(json, Some(16));
+            assert!(found.contains(part), "{json}: {found}");
+        }
+        assert_eq!(
+            message(
+                r#"{"rope_type":"longrope","factor_rule":"power"}"#,
+                Some(16)
+            ),
+            ""
+        );
+    }
+}

@@ -262,6 +262,15 @@ impl TensorSource for MemorySource {
     }
 }
 
+/// Who does a model's heavy work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// `phi3-kernels`, on weights as they lie in their file. CPU only.
+    Kernels,
+    /// candle, on dense tensors or its own quantised ones.
+    Candle,
+}
+
 /// A model's view of a checkpoint: a source, a name prefix, and the device and dtype to build for.
 ///
 /// Cloning is cheap and shares the source. On the CPU weights stay as stored and activations are
@@ -271,6 +280,7 @@ pub struct Weights {
     source: Arc<dyn TensorSource>,
     device: Device,
     dtype: DType,
+    backend: Backend,
     prefix: String,
     used: Arc<Mutex<BTreeSet<String>>>,
 }
@@ -278,14 +288,30 @@ pub struct Weights {
 impl Weights {
     /// All tensors of `source`, for `device`. `dtype` is ignored on the CPU, which computes in f32.
     pub fn new(source: Arc<dyn TensorSource>, device: Device, dtype: DType) -> Self {
-        let dtype = if device.is_cpu() { DType::F32 } else { dtype };
+        let (backend, dtype) = match device.is_cpu() {
+            true => (Backend::Kernels, DType::F32),
+            false => (Backend::Candle, dtype),
+        };
         Self {
             source,
             device,
             dtype,
+            backend,
             prefix: String::new(),
             used: Arc::default(),
         }
+    }
+
+    /// The same weights for a model that runs in candle operations on the CPU too: the slow oracle
+    /// of the kernels, and the code that a GPU runs.
+    pub fn with_candle_operations(mut self) -> Self {
+        self.backend = Backend::Candle;
+        self
+    }
+
+    /// Who multiplies and attends.
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// The tensors below `name`: `weights.pp("model").pp("norm")` sees `model.norm.weight` as `weight`.

@@ -215,7 +215,7 @@ fn cache_spec(config: &Config, weights: &Weights) -> CacheSpec {
         rope_limit: rope_limit(config),
         recompute: Recompute::Always,
         max_len: config.max_position_embeddings,
-        device: weights.device().clone(),
+        backend: weights.backend(),
         dtype: weights.dtype(),
     }
 }
