@@ -9,7 +9,8 @@ use phi3_nn::weights::Bytes;
 
 use crate::error::Error;
 
-/// Maps the whole of a regular file, read-only. Pages are read when they are first touched.
+/// Maps the whole of a regular file, read-only. Pages are read when they are first touched, and no
+/// advice is given: reading ahead would make a look at the headers read all the weights.
 ///
 /// The file must not be changed while it is mapped: another process that shortens it makes reads
 /// of the lost part fail with a signal. Files of the hub cache never change, because a download
@@ -35,19 +36,7 @@ pub fn map_file(path: &Path) -> Result<Bytes, Error> {
     // long as the `Mmap` that owns it. That nobody shortens the file meanwhile is the documented
     // condition of every file mapping, and cannot be checked.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-    advise(&map);
     Ok(Bytes::new(Arc::new(map)))
-}
-
-/// Asks for the pages to be read ahead, which makes the first pass over the weights sequential.
-/// Only a hint: failure is ignored.
-fn advise(map: &Mmap) {
-    #[cfg(unix)]
-    if let Err(error) = map.advise(memmap2::Advice::WillNeed) {
-        tracing::debug!(%error, "the system takes no advice on this mapping");
-    }
-    #[cfg(not(unix))]
-    let _ = map;
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 //!
 //! A file is eight bytes of header length (little endian), the header (a JSON object from tensor
 //! names to dtype, shape and offsets), and the tensors' bytes. The reader accepts what the reference
-//! implementation accepts; tensors of types that Phi models do not use are listed, and are an error
-//! only when asked for. Alignment does not matter: weights are read as bytes.
+//! implementation accepts, and types unknown to it; tensors of types that no kernel computes with
+//! are listed, and are an error only when asked for. Alignment does not matter: weights are read as bytes.
 
 mod error;
 mod header;
@@ -14,6 +14,7 @@ mod writer;
 
 pub use error::SafetensorsError;
 pub use header::{Header, TensorInfo};
+pub use index::parse_weight_map;
 pub use source::SafetensorsSource;
 pub use writer::{SafetensorsWriter, TensorData, TensorSpec, TensorToWrite, write_safetensors};
 
