@@ -32,5 +32,5 @@ pub use norm::RmsNorm;
 pub use packed::Packed;
 pub use rope::{Regime, RopeTables, RotaryEmbedding};
 pub use weights::{
-    Bytes, LayoutError, MemorySource, StoredTensor, TensorPart, TensorSource, Weights,
+    Backend, Bytes, LayoutError, MemorySource, StoredTensor, TensorPart, TensorSource, Weights,
 };

@@ -1,7 +1,8 @@
 //! config.json of model_type `phi3`.
 
+use candle_core::DType;
 use phi3_nn::rope::{LongRope, RopeKind, RopeParameters, RopeScalingConfig};
-use phi3_nn::{AttentionPattern, Error, Result};
+use phi3_nn::{AttentionPattern, Backend, CacheSpec, Error, ModelInfo, Recompute, Result};
 use serde::Deserialize;
 
 /// config.json as it is written; fields that play no role at inference are left out.
@@ -84,6 +85,37 @@ impl Config {
         RawConfig::deserialize(config)
             .map_err(Error::config)?
             .try_into()
+    }
+
+    /// What a caller may want to know of the model.
+    pub fn info(&self) -> ModelInfo {
+        ModelInfo {
+            model_type: "phi3".to_owned(),
+            vocab_size: self.vocab_size,
+            hidden_size: self.hidden_size,
+            num_hidden_layers: self.num_hidden_layers,
+            max_position_embeddings: self.max_position_embeddings,
+            original_max_position_embeddings: self.rope_limit(),
+        }
+    }
+
+    /// Geometry and rules of the model's caches.
+    pub fn cache_spec(&self, backend: Backend, dtype: DType) -> CacheSpec {
+        CacheSpec {
+            patterns: vec![self.attention; self.num_hidden_layers],
+            num_key_value_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            rope_limit: self.rope_limit(),
+            recompute: Recompute::Always,
+            max_len: self.max_position_embeddings,
+            backend,
+            dtype,
+        }
+    }
+
+    fn rope_limit(&self) -> Option<usize> {
+        let long = self.rope.long.as_ref();
+        long.map(|long| long.original_max_position_embeddings)
     }
 }
 

@@ -6,8 +6,7 @@ use candle_core::{DType, Tensor};
 use phi3_nn::packed::no_logits;
 use phi3_nn::{
     AttentionParams, CacheSpec, CausalLm, Embedding, GatedMlp, Input, KvCache, Linear, ModelInfo,
-    Observer, Packed, Recompute, Result, RmsNorm, RopeTables, RotaryEmbedding, Span, Weights,
-    attention,
+    Observer, Packed, Result, RmsNorm, RopeTables, RotaryEmbedding, Span, Weights, attention,
 };
 
 use crate::config::Config;
@@ -158,8 +157,8 @@ impl Model {
             norm,
             lm_head,
             rotary: RotaryEmbedding::new(&config.rope),
-            cache_spec: Arc::new(cache_spec(config, &weights)),
-            info: info(config),
+            cache_spec: Arc::new(config.cache_spec(weights.backend(), weights.dtype())),
+            info: config.info(),
         })
     }
 
@@ -204,37 +203,5 @@ impl CausalLm for Model {
         };
         packed.finish()?;
         Ok(logits)
-    }
-}
-
-fn cache_spec(config: &Config, weights: &Weights) -> CacheSpec {
-    CacheSpec {
-        patterns: vec![config.attention; config.num_hidden_layers],
-        num_key_value_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        rope_limit: rope_limit(config),
-        recompute: Recompute::Always,
-        max_len: config.max_position_embeddings,
-        backend: weights.backend(),
-        dtype: weights.dtype(),
-    }
-}
-
-fn rope_limit(config: &Config) -> Option<usize> {
-    config
-        .rope
-        .long
-        .as_ref()
-        .map(|long| long.original_max_position_embeddings)
-}
-
-fn info(config: &Config) -> ModelInfo {
-    ModelInfo {
-        model_type: "phi3".to_owned(),
-        vocab_size: config.vocab_size,
-        hidden_size: config.hidden_size,
-        num_hidden_layers: config.num_hidden_layers,
-        max_position_embeddings: config.max_position_embeddings,
-        original_max_position_embeddings: rope_limit(config),
     }
 }
