@@ -175,7 +175,7 @@ impl Hyperparameters {
             "vocab_size": vocab_size(container, &keys)?,
         });
         if let Some(config) = config.as_object_mut() {
-            if self.head_dim * self.heads != self.hidden {
+            if self.head_dim.checked_mul(self.heads) != Some(self.hidden) {
                 config.insert("head_dim".to_owned(), self.head_dim.into());
             }
             for (name, key) in [

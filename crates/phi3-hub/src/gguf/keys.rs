@@ -11,8 +11,7 @@ pub(super) struct Keys<'a> {
     architecture: Architecture,
 }
 
-/// More would not be a transformer that anybody has, and products of two such numbers cannot
-/// overflow.
+/// More would not be a transformer that anybody has.
 const MAX_NUMBER: usize = 1 << 31;
 
 impl<'a> Keys<'a> {

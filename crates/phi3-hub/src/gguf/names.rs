@@ -186,7 +186,7 @@ fn fuse(
             let expected = format!("as many columns as {:?}", parts_names(&parts));
             return Err(shape_error(tensor, expected));
         }
-        rows += found_rows;
+        rows = found_rows.saturating_add(rows);
         let interleaved_heads = match (architecture, section) {
             (Architecture::Llama, Section::Q) => dimensions.heads,
             (Architecture::Llama, Section::K) => dimensions.kv_heads,
@@ -267,11 +267,12 @@ impl Section {
             intermediate,
             ..
         } = *dimensions;
+        let rows_of = |heads: usize| heads.saturating_mul(head_dim);
         match self {
-            Section::Qkv => (heads + 2 * kv_heads) * head_dim,
-            Section::Q => heads * head_dim,
-            Section::K | Section::V => kv_heads * head_dim,
-            Section::Up if both_halves => 2 * intermediate,
+            Section::Qkv => rows_of(heads.saturating_add(kv_heads.saturating_mul(2))),
+            Section::Q => rows_of(heads),
+            Section::K | Section::V => rows_of(kv_heads),
+            Section::Up if both_halves => intermediate.saturating_mul(2),
             Section::Gate | Section::Up => intermediate,
         }
     }

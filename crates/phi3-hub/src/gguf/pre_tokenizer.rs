@@ -127,7 +127,10 @@ mod tests {
 
     /// The words of `text`, in its own spelling.
     fn words(name: &str, text: &str) -> Vec<String> {
-        let json = PreTokenizer::from_name(name).unwrap().to_json();
+        split_by(PreTokenizer::from_name(name).unwrap().to_json(), text)
+    }
+
+    fn split_by(json: Json, text: &str) -> Vec<String> {
         let rule: PreTokenizerWrapper = serde_json::from_value(json).unwrap();
         let mut split = PreTokenizedString::from(text);
         rule.pre_tokenize(&mut split).unwrap();
@@ -241,6 +244,41 @@ mod tests {
             words("default", "Hi, you<3 12345+1"),
             ["Hi", ",", " you", "<", "3", " ", "123", "45", "+", "1"]
         );
+    }
+
+    /// These two have a `tokenizer.json` of their own making: GPT-2's rule is built into the
+    /// tokenizers crate, and SmolLM's is that after single digits.
+    #[test]
+    fn gpt2_and_smollm_split_as_the_tokenizers_crate_does() {
+        let gpt2 = json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+        });
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let smollm = json!({"type": "Sequence", "pretokenizers": [digits, gpt2]});
+        let alphabet: Vec<char> = "ab Z1²Ⅳ \t\n\r's'll.,$é한\u{301}\u{a0}😀ſ"
+            .chars()
+            .collect();
+        let mut state = 1u64;
+        for _ in 0..300 {
+            let text: String = (0..20)
+                .map(|_| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
+                    alphabet[(state >> 33) as usize % alphabet.len()]
+                })
+                .collect();
+            assert_eq!(
+                words("gpt-2", &text),
+                split_by(gpt2.clone(), &text),
+                "{text:?}"
+            );
+            assert_eq!(
+                words("smollm", &text),
+                split_by(smollm.clone(), &text),
+                "{text:?}"
+            );
+        }
     }
 
     #[test]

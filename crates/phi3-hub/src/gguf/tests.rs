@@ -247,3 +247,115 @@ fn another_architecture_is_listed_but_not_opened() {
     );
     assert!(file.weights().is_err());
 }
+
+/// The vocabulary file has the metadata of Phi-3-mini-4k from before sliding windows were written.
+#[test]
+fn the_metadata_of_phi3_mini_give_its_config() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/fixtures/phi3-gguf/ggml-vocab-phi-3.gguf");
+    let checkpoint = open(&path).unwrap();
+    // As published in microsoft/Phi-3-mini-4k-instruct.
+    for (key, value) in [
+        ("hidden_size", serde_json::json!(3072)),
+        ("intermediate_size", 8192.into()),
+        ("max_position_embeddings", 4096.into()),
+        ("original_max_position_embeddings", 4096.into()),
+        ("num_attention_heads", 32.into()),
+        ("num_key_value_heads", 32.into()),
+        ("num_hidden_layers", 32.into()),
+        ("rms_norm_eps", 1e-5.into()),
+        ("rope_scaling", Json::Null),
+        ("rope_theta", 10000.0.into()),
+        ("sliding_window", 2047.into()),
+        ("vocab_size", 32064.into()),
+        ("bos_token_id", 1.into()),
+        ("eos_token_id", 32000.into()),
+        ("pad_token_id", 32000.into()),
+    ] {
+        assert_eq!(checkpoint.config[key], value, "{key}");
+    }
+    let ends = &checkpoint.generation_config.unwrap()["eos_token_id"];
+    assert_eq!(*ends, serde_json::json!([32000, 32007]));
+    assert!(checkpoint.weights.names().is_empty());
+}
+
+/// A complete file of a few kilobytes, with a tokenizer.
+fn tiny() -> Vec<u8> {
+    let mut model = Model::default();
+    model.writer.set("general.architecture", "llama");
+    for (key, value) in [
+        ("context_length", 8u32),
+        ("embedding_length", 4),
+        ("feed_forward_length", 2),
+        ("block_count", 1),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 1),
+        ("rope.scaling.original_context_length", 4),
+    ] {
+        model.set(key, value);
+    }
+    model.set("attention.layer_norm_rms_epsilon", 1e-5f32);
+    let tokens: Array = ["<unk>", "<s>", "</s>", "▁", "a", "▁a"]
+        .into_iter()
+        .collect();
+    model.writer.set("tokenizer.ggml.model", "llama");
+    model.writer.set("tokenizer.ggml.tokens", tokens);
+    model.writer.set(
+        "tokenizer.ggml.token_type",
+        Array::I32(vec![2, 3, 3, 1, 1, 1]),
+    );
+    model
+        .writer
+        .set("tokenizer.ggml.scores", Array::F32(vec![0.0; 6]));
+    model.writer.set("tokenizer.ggml.bos_token_id", 1u32);
+    model.writer.set("tokenizer.chat_template", "x");
+    for (name, shape) in [
+        ("token_embd.weight", &[6, 4][..]),
+        ("output_norm.weight", &[4]),
+        ("rope_factors_long.weight", &[1]),
+        ("rope_factors_short.weight", &[1]),
+        ("blk.0.attn_q.weight", &[4, 4]),
+        ("blk.0.attn_k.weight", &[2, 4]),
+        ("blk.0.attn_v.weight", &[2, 4]),
+        ("blk.0.ffn_up.weight", &[4, 4]),
+    ] {
+        let ones = 1.0f32.to_le_bytes().repeat(shape.iter().product());
+        model.add_bytes(name, shape, BlockType::F32.into(), ones);
+    }
+    model.to_vec()
+}
+
+/// Everything that can be asked of a file; whether all of it was answered.
+fn use_all(file: Vec<u8>) -> bool {
+    let Ok(file) = GgufFile::parse(file.into(), "hostile") else {
+        return false;
+    };
+    file.tensors();
+    let parts = [
+        file.config().is_ok(),
+        file.generation_config().is_ok(),
+        file.tokenizer().is_ok(),
+        file.chat_template().is_ok(),
+    ];
+    let Ok(source) = file.weights() else {
+        return false;
+    };
+    let weights = source.names().iter().all(|name| {
+        let tensor = source.tensor(name);
+        tensor.is_ok_and(|tensor| tensor.is_some_and(|tensor| tensor.to_f32().is_ok()))
+    });
+    weights && parts == [true; 4]
+}
+
+#[test]
+fn hostile_changes_of_a_whole_file_never_panic() {
+    let file = tiny();
+    assert!(use_all(file.clone()));
+    for at in 0..file.len() {
+        for value in [0, 1, 3, 0x20, 0x7f, 0x80, 0xff] {
+            let mut changed = file.clone();
+            changed[at] = value;
+            use_all(changed);
+        }
+    }
+}
