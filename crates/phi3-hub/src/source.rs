@@ -128,7 +128,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// Suffixes of files that hold weights as Python pickles, or as other frameworks' formats.
+/// Suffixes of files that hold weights as Python pickles.
 pub(crate) const PICKLES: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
 
 pub(crate) fn has_suffix(path: &Path, suffix: &str) -> bool {

@@ -77,9 +77,10 @@ impl Backoff {
 }
 
 pub(crate) fn network(uri: &Uri, error: &dyn Error) -> HubError {
+    let text = error.to_string();
     HubError::Network {
         host: host(uri),
-        reason: error.to_string(),
+        reason: text.strip_prefix("io: ").unwrap_or(&text).to_owned(),
     }
 }
 
@@ -105,28 +106,35 @@ pub(crate) fn without_query(uri: &Uri) -> String {
     )
 }
 
+/// Whether the same request may succeed later. A certificate that does not fit (invalid data, to
+/// the TLS library) stays so.
 pub(crate) fn is_transient(error: &ureq::Error) -> bool {
-    matches!(
-        error,
-        ureq::Error::Io(_)
-            | ureq::Error::Timeout(_)
-            | ureq::Error::HostNotFound
-            | ureq::Error::ConnectionFailed
-            | ureq::Error::Protocol(_)
-    )
+    match error {
+        ureq::Error::Io(error) => error.kind() != io::ErrorKind::InvalidData,
+        ureq::Error::Timeout(_)
+        | ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::Protocol(_) => true,
+        _ => false,
+    }
 }
 
+/// Whether there was not even a connection. Name lookups fail without a kind of their own, so this
+/// is every error that is not about an existing connection.
 pub(crate) fn is_unreachable(error: &ureq::Error) -> bool {
     match error {
         ureq::Error::HostNotFound
         | ureq::Error::ConnectionFailed
         | ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => true,
-        ureq::Error::Io(error) => matches!(
+        ureq::Error::Io(error) => !matches!(
             error.kind(),
-            io::ErrorKind::ConnectionRefused
-                | io::ErrorKind::NetworkUnreachable
-                | io::ErrorKind::HostUnreachable
-                | io::ErrorKind::NetworkDown
+            io::ErrorKind::UnexpectedEof
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::BrokenPipe
+                | io::ErrorKind::TimedOut
+                | io::ErrorKind::Interrupted
+                | io::ErrorKind::WouldBlock
         ),
         _ => false,
     }
@@ -164,5 +172,29 @@ mod tests {
         assert!(backoff.wait_or_give_up(failure()).is_err());
         let fatal = Failure::fatal(HubError::NoCacheFolder);
         assert!(Backoff::new(retry).wait_or_give_up(fatal).is_err());
+    }
+
+    #[test]
+    fn what_is_worth_another_attempt() {
+        let io = |kind: io::ErrorKind| ureq::Error::Io(kind.into());
+        // (error, may succeed later, there was no connection at all)
+        for (error, transient, unreachable) in [
+            (ureq::Error::HostNotFound, true, true),
+            (
+                ureq::Error::Io(io::Error::other("failed to lookup address")),
+                true,
+                true,
+            ),
+            (io(io::ErrorKind::ConnectionRefused), true, true),
+            (ureq::Error::Timeout(Timeout::Connect), true, true),
+            (ureq::Error::Timeout(Timeout::PerRead), true, false),
+            (io(io::ErrorKind::ConnectionReset), true, false),
+            (io(io::ErrorKind::UnexpectedEof), true, false),
+            (io(io::ErrorKind::InvalidData), false, true),
+            (ureq::Error::BadUri("x".to_owned()), false, false),
+        ] {
+            assert_eq!(is_transient(&error), transient, "{error}");
+            assert_eq!(is_unreachable(&error), unreachable, "{error}");
+        }
     }
 }

@@ -439,4 +439,22 @@ mod tests {
             "{error}"
         );
     }
+
+    #[test]
+    fn a_redirect_never_gives_up_encryption() {
+        let to = |from: &str, location: &str| {
+            let response = Response::builder()
+                .status(302)
+                .header("Location", location)
+                .body(Body::builder().data(""))
+                .expect("a valid response");
+            redirected(&response, &from.parse().expect("a valid address"))
+        };
+        assert!(to("https://hub.example/a", "https://cdn.example/a").is_ok());
+        assert!(to("http://127.0.0.1:1/a", "http://127.0.0.1:2/a").is_ok());
+        let error = to("https://hub.example/a", "http://cdn.example/a")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("unprotected"), "{error}");
+    }
 }

@@ -16,6 +16,8 @@ pub trait Progress: Send + Sync {
     fn advance(&self, file: &str, bytes: u64);
     /// The file is complete and verified.
     fn finish(&self, file: &str);
+    /// The transfer failed; an error follows.
+    fn fail(&self, _file: &str) {}
 }
 
 /// Tells nobody.
@@ -93,6 +95,13 @@ impl TerminalProgress {
             act(running);
         }
     }
+
+    fn forget(&self, file: &str) {
+        self.running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(file);
+    }
 }
 
 impl Default for TerminalProgress {
@@ -141,16 +150,24 @@ impl Progress for TerminalProgress {
             Running::Bar(bar) => bar.finish(),
             Running::Lines(lines) => say(&format!("{file}: {} done", HumanBytes(lines.total))),
         });
-        self.running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(file);
+        self.forget(file);
+    }
+
+    fn fail(&self, file: &str) {
+        self.on(file, |running| {
+            if let Running::Bar(bar) = running {
+                bar.abandon();
+            }
+        });
+        self.forget(file);
     }
 }
 
+/// Name, bar, bytes, speed and time left, in 100 columns.
+const TEMPLATE: &str =
+    "{msg:32!} {bar:30} {bytes:>11} of {total_bytes:<11} {bytes_per_sec:>13}, {eta} left";
+
 fn bar(file: &str, total: u64, already: u64) -> ProgressBar {
-    const TEMPLATE: &str =
-        "{msg:32!} {bar:30} {bytes:>11} of {total_bytes:<11} {bytes_per_sec:>13}, {eta} left";
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
         bar.set_style(style);
@@ -227,7 +244,14 @@ mod tests {
             progress.start("a", 10, 0);
             progress.advance("unknown", 4);
             progress.finish("a");
+            progress.start("b", 10, 0);
+            progress.fail("b");
             assert!(progress.running.lock().unwrap().is_empty());
         }
+    }
+
+    #[test]
+    fn the_template_is_one() {
+        assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
     }
 }

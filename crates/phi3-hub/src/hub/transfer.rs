@@ -37,6 +37,15 @@ pub(crate) fn fetch(
     job: Job<'_>,
     progress: &dyn Progress,
 ) -> Result<(), HubError> {
+    let result = attempts(client, job, progress);
+    match &result {
+        Ok(()) => progress.finish(job.file),
+        Err(_) => progress.fail(job.file),
+    }
+    result
+}
+
+fn attempts(client: &Client, job: Job<'_>, progress: &dyn Progress) -> Result<(), HubError> {
     let mut partial = Partial::open(job)?;
     let mut resumed = partial.len > 0;
     let mut backoff = client.backoff();
@@ -73,11 +82,7 @@ pub(crate) fn fetch(
                 resumed = false;
                 progress.start(job.file, job.size.unwrap_or(0), 0);
             }
-            _ => {
-                partial.sync()?;
-                progress.finish(job.file);
-                return Ok(());
-            }
+            _ => return partial.sync(),
         }
     }
 }

@@ -287,6 +287,18 @@ fn no_network_is_said_at_once() {
 }
 
 #[test]
+fn a_server_without_tls_is_no_https_hub() {
+    let hub = Hub::start(repo(&[]));
+    let client = Client::new();
+    let options = HubOptions {
+        endpoint: Some(hub.address.replace("http://", "https://")),
+        ..client.options(&hub)
+    };
+    let error = hub_error(download(&source(REPO), &options));
+    assert!(matches!(error, HubError::Network { .. }), "{error}");
+}
+
+#[test]
 fn something_that_is_no_hub() {
     for reply in [
         Reply::new(200).body(b"<html>hello</html>"),
