@@ -1,0 +1,62 @@
+# Sourced by the scripts beside it: finds cargo, installs what is missing. Needs bash 3.2 or later.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+die() {
+  printf '%s\n' "$@" >&2
+  exit 1
+}
+
+# install_packages PACKAGE...: from Debian's or Ubuntu's index; elsewhere, says what to install.
+install_packages() {
+  have apt-get || die "Please install what Debian calls: $*"
+  local sudo=""
+  if [ "$(id -u)" != 0 ]; then
+    have sudo || die "Please install, as root: apt-get install $*"
+    sudo=sudo
+  fi
+  echo "Installing $* ..." >&2
+  export DEBIAN_FRONTEND=noninteractive
+  # A stale or missing package list is the usual reason for the first try to fail.
+  $sudo apt-get install -qq -y --no-install-recommends "$@" </dev/null >&2 ||
+    { $sudo apt-get update -qq >&2 &&
+      $sudo apt-get install -qq -y --no-install-recommends "$@" </dev/null >&2; } ||
+    die "apt-get could not install $*; its message is above"
+}
+
+# need_rust [COMPONENT...]: cargo, a linker, and components of the toolchain such as clippy.
+need_rust() {
+  if ! have cargo && [ -f "${CARGO_HOME:-$HOME/.cargo}/env" ]; then
+    . "${CARGO_HOME:-$HOME/.cargo}/env"
+  fi
+  have cargo || die "cargo is missing; install Rust as https://rustup.rs says, then run this again"
+  if ! have cc; then
+    [ "$(uname)" != Darwin ] || die "A linker is missing; run: xcode-select --install"
+    install_packages gcc libc6-dev
+  fi
+  local component
+  for component in "$@"; do
+    case $component in
+      clippy) cargo clippy --version >/dev/null 2>&1 ;;
+      rustfmt) cargo fmt --version >/dev/null 2>&1 ;;
+    esac || {
+      have rustup || die "cargo's component $component is missing, and rustup to add it"
+      rustup component add "$component" >&2
+    }
+  done
+}
+
+# need_python_venv FOLDER: a virtual environment with pip.
+need_python_venv() {
+  [ -x "$1/bin/pip" ] && return
+  rm -rf "$1"
+  have python3 || install_packages python3 python3-venv
+  # Debian's python3 alone cannot put pip into an environment.
+  python3 -m venv "$1" >/dev/null 2>&1 || {
+    install_packages python3-venv
+    rm -rf "$1"
+    python3 -m venv "$1"
+  }
+}
