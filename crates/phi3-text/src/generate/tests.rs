@@ -1,0 +1,622 @@
+use std::sync::{Arc, Mutex};
+
+use candle_core::{DType, Device};
+use phi3_nn::{CacheSpec, KvCache, LogitRows, ModelInfo, Observer, Packed, Recompute};
+
+use super::*;
+use crate::sampling::SamplingParams;
+use crate::testing::{byte_level, sentencepiece};
+
+/// What one span of a call brought: start, ids, known length, whether it wanted logits.
+#[derive(Clone, Debug, PartialEq)]
+struct SeenSpan {
+    start: usize,
+    ids: Vec<u32>,
+    reaches: usize,
+    wants_logits: bool,
+}
+
+/// How the fake model answers at a position that follows `id`.
+enum Rule {
+    /// Logits that look random but depend on id and position alone.
+    Mixed,
+    /// The highest logit is that of the script's entry for the next position.
+    Script(Vec<u32>),
+    /// Every logit is this.
+    Constant(f32),
+}
+
+struct FakeModel {
+    info: ModelInfo,
+    spec: Arc<CacheSpec>,
+    rule: Rule,
+    calls: Mutex<Vec<Vec<SeenSpan>>>,
+    /// The call that fails.
+    fails_at: Option<usize>,
+}
+
+impl FakeModel {
+    fn new(vocab_size: usize, context: usize, rule: Rule) -> Self {
+        let info = ModelInfo {
+            model_type: "fake".to_owned(),
+            vocab_size,
+            hidden_size: 1,
+            num_hidden_layers: 0,
+            max_position_embeddings: context,
+            original_max_position_embeddings: None,
+        };
+        let spec = Arc::new(CacheSpec {
+            patterns: Vec::new(),
+            num_key_value_heads: 1,
+            head_dim: 1,
+            rope_limit: None,
+            recompute: Recompute::default(),
+            max_len: context,
+            backend: phi3_nn::weights::Backend::Kernels,
+            dtype: DType::F32,
+        });
+        Self {
+            info,
+            spec,
+            rule,
+            calls: Mutex::default(),
+            fails_at: None,
+        }
+    }
+
+    fn calls(&self) -> Vec<Vec<SeenSpan>> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn logits(&self, id: u32, position: usize) -> Vec<f32> {
+        let next = match &self.rule {
+            Rule::Script(script) => script.get(position + 1).copied(),
+            _ => None,
+        };
+        (0..self.info.vocab_size as u32)
+            .map(|token| match &self.rule {
+                Rule::Constant(logit) => *logit,
+                Rule::Script(_) => f32::from(u8::from(Some(token) == next)),
+                Rule::Mixed => {
+                    let mixed = (u64::from(token) << 40 | u64::from(id) << 20 | position as u64)
+                        .wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    ((mixed ^ mixed >> 29) % 1000) as f32 / 200.0
+                }
+            })
+            .collect()
+    }
+}
+
+impl CausalLm for FakeModel {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn new_cache(&self) -> KvCache {
+        KvCache::new(Arc::clone(&self.spec))
+    }
+
+    fn embed(&self, _: &[u32]) -> phi3_nn::Result<Tensor> {
+        Err(phi3_nn::Error::config("the fake has no embeddings"))
+    }
+
+    fn forward(
+        &self,
+        input: Input<'_>,
+        spans: &mut [Span<'_>],
+        _: Option<&mut dyn Observer>,
+    ) -> phi3_nn::Result<Tensor> {
+        let Input::Ids(ids) = input else {
+            return Err(phi3_nn::Error::config("the fake takes ids only"));
+        };
+        let mut calls = self.calls.lock().unwrap();
+        if self.fails_at == Some(calls.len()) {
+            return Err(phi3_nn::Error::config("the device is gone"));
+        }
+        let (mut seen, mut rows) = (Vec::new(), Vec::new());
+        let mut rest = ids;
+        for span in spans.iter() {
+            let (own, behind) = rest.split_at(span.len);
+            rest = behind;
+            let start = span.cache.len();
+            let wants_logits = span.logits == LogitRows::Last;
+            if wants_logits {
+                rows.extend(self.logits(*own.last().unwrap(), start + own.len() - 1));
+            }
+            seen.push(SeenSpan {
+                start,
+                ids: own.to_vec(),
+                reaches: span.reaches.unwrap_or(0),
+                wants_logits,
+            });
+        }
+        calls.push(seen);
+        Packed::begin(input, spans, None)?.finish()?;
+        let count = rows.len() / self.info.vocab_size;
+        Ok(Tensor::from_vec(
+            rows,
+            (count, self.info.vocab_size),
+            &Device::Cpu,
+        )?)
+    }
+}
+
+fn seeded(prompt: &[u32], seed: u64, max_new_tokens: usize) -> Request {
+    Request {
+        params: SamplingParams {
+            seed: Some(seed),
+            ..SamplingParams::default()
+        },
+        max_new_tokens,
+        ..Request::new(prompt.to_vec())
+    }
+}
+
+fn greedy(prompt: &[u32]) -> Request {
+    Request {
+        params: SamplingParams::greedy(),
+        ..Request::new(prompt.to_vec())
+    }
+}
+
+/// A byte-level model that answers `prompt` with `answer` and then `end`.
+fn scripted(prompt: &[u32], answer: &[u8], end: Option<u32>) -> FakeModel {
+    let mut script = prompt.to_vec();
+    script.extend(answer.iter().map(|&byte| u32::from(byte)));
+    script.extend(end);
+    FakeModel::new(300, 200, Rule::Script(script))
+}
+
+fn without_times(mut completion: Completion) -> Completion {
+    completion.usage.prefill_time = std::time::Duration::ZERO;
+    completion.usage.decode_time = std::time::Duration::ZERO;
+    completion
+}
+
+#[test]
+fn packed_equals_alone() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let requests: Vec<Request> = (0..6)
+        .map(|index| {
+            let prompt: Vec<u32> = (0..=index * 7).map(|id| 3 + id as u32 % 250).collect();
+            let mut request = seeded(&prompt, 5 + index as u64 % 2, 20 + index);
+            request.params.top_p = Some(0.95);
+            request.params.repetition_penalty = 1.3;
+            request.logprobs = Some(2);
+            request.stop_ids = vec![258];
+            request
+        })
+        .collect();
+    let together: Vec<_> = complete(&model, &tokenizer, requests.clone())
+        .unwrap()
+        .into_iter()
+        .map(without_times)
+        .collect();
+    for (request, packed) in requests.iter().zip(&together) {
+        let alone = complete(&model, &tokenizer, [request.clone()]).unwrap();
+        assert_eq!(without_times(alone[0].clone()), *packed);
+        assert!(
+            packed
+                .tokens
+                .iter()
+                .all(|token| token.top_logprobs.len() == 2)
+        );
+    }
+    // The same seed on another prompt is another text, and so is another seed on the same prompt.
+    assert_ne!(together[0].ids(), together[2].ids());
+    let other = complete(&model, &tokenizer, [seeded(&[3], 99, 20)]).unwrap();
+    let same = complete(&model, &tokenizer, [seeded(&[3], 5, 20)]).unwrap();
+    assert_ne!(other[0].ids(), same[0].ids());
+}
+
+#[test]
+fn a_sequence_added_later_changes_nothing() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let (first, second) = (
+        seeded(&[5, 6], 1, 30),
+        seeded(&(3..60).collect::<Vec<_>>(), 2, 10),
+    );
+    let alone: Vec<_> = [&first, &second]
+        .map(|request| complete(&model, &tokenizer, [request.clone()]).unwrap()[0].ids())
+        .to_vec();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let mut generator = Generator::new(&model, &tokenizer).with_prefill_rows(16);
+    let mut ids = vec![Vec::new(), Vec::new()];
+    assert_eq!(generator.add(first).unwrap(), 0);
+    let mut collect = |event: Event| {
+        if let EventKind::Token(token) = event.kind {
+            ids[event.sequence].push(token.id);
+        }
+    };
+    for _ in 0..5 {
+        collect(generator.next().unwrap().unwrap());
+    }
+    assert_eq!(generator.add(second).unwrap(), 1);
+    for event in &mut generator {
+        collect(event.unwrap());
+    }
+    assert_eq!(ids, alone);
+    assert!(generator.next().is_none());
+    // The prompt of 57 came in chunks of 16 beside the decoding of the first sequence, each chunk
+    // stating the whole length, and only the last one asking for logits.
+    let calls = model.calls();
+    let chunks: Vec<_> = calls
+        .iter()
+        .filter_map(|call| call.iter().find(|span| span.reaches == 57))
+        .map(|span| (span.start, span.ids.len(), span.wants_logits))
+        .collect();
+    assert_eq!(
+        chunks,
+        [
+            (0, 16, false),
+            (16, 16, false),
+            (32, 16, false),
+            (48, 9, true)
+        ]
+    );
+    let mixed = calls.iter().filter(|call| call.len() == 2).count();
+    assert_eq!(mixed, 4 + 9);
+    // And the generator can go on.
+    generator.add(seeded(&[9], 1, 2)).unwrap();
+    assert_eq!(generator.count(), 3);
+}
+
+#[test]
+fn prompts_share_the_rows_of_a_call() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let mut generator = Generator::new(&model, &tokenizer).with_prefill_rows(10);
+    for len in [4, 4, 7] {
+        generator.add(seeded(&vec![5; len], 1, 2)).unwrap();
+    }
+    assert_eq!(generator.by_ref().filter(|event| event.is_ok()).count(), 9);
+    let rows: Vec<Vec<usize>> = model
+        .calls()
+        .iter()
+        .map(|call| call.iter().map(|span| span.ids.len()).collect())
+        .collect();
+    assert_eq!(rows, [vec![4, 4, 2], vec![1, 1, 5], vec![1]]);
+}
+
+#[test]
+fn events_usage_and_stop_id() {
+    let tokenizer = byte_level();
+    let end = tokenizer.token_to_id("<|end|>").unwrap();
+    let prompt = [104, 105];
+    let model = scripted(&prompt, "Hé".as_bytes(), Some(end));
+    let mut generator = Generator::new(&model, &tokenizer);
+    let mut request = greedy(&prompt);
+    request.stop_ids = vec![end];
+    generator.add(request).unwrap();
+    let events: Vec<_> = generator.map(Result::unwrap).collect();
+    let texts: Vec<_> = events.iter().map(Event::text).collect();
+    assert_eq!(texts, ["H", "", "é", "", ""]);
+    let ids: Vec<_> = events
+        .iter()
+        .filter_map(|event| match &event.kind {
+            EventKind::Token(token) => Some(token.id),
+            EventKind::Finished(_) => None,
+        })
+        .collect();
+    assert_eq!(ids, [u32::from(b'H'), 0xC3, 0xA9, end]);
+    let EventKind::Finished(finished) = &events[4].kind else {
+        panic!("{events:?}");
+    };
+    assert_eq!(finished.reason, FinishReason::Stop(end));
+    let usage = finished.usage;
+    assert_eq!(
+        (
+            usage.prompt_tokens,
+            usage.cached_tokens,
+            usage.completion_tokens
+        ),
+        (2, 0, 4)
+    );
+    assert!(usage.prefill_time > std::time::Duration::ZERO);
+    assert!(usage.tokens_per_second().unwrap() > 0.0);
+}
+
+#[test]
+fn special_tokens_are_shown_on_request() {
+    let tokenizer = byte_level();
+    let end = tokenizer.token_to_id("<|end|>").unwrap();
+    for (skip_special, text) in [(true, "a"), (false, "a<|end|>")] {
+        let model = scripted(&[1], b"a", Some(end));
+        let request = Request {
+            skip_special,
+            max_new_tokens: 2,
+            ..greedy(&[1])
+        };
+        let completion = complete(&model, &tokenizer, [request]).unwrap();
+        assert_eq!(completion[0].text, text);
+        assert_eq!(completion[0].reason, FinishReason::Length);
+    }
+}
+
+#[test]
+fn stop_strings_end_between_tokens() {
+    let tokenizer = byte_level();
+    let run = |answer: &str, stops: &[&str], max_new_tokens: usize| {
+        let model = scripted(&[1], answer.as_bytes(), None);
+        let request = Request {
+            stop_strings: stops.iter().map(ToString::to_string).collect(),
+            max_new_tokens,
+            ..greedy(&[1])
+        };
+        let completion = complete(&model, &tokenizer, [request]).unwrap().remove(0);
+        (completion.text, completion.reason, completion.tokens.len())
+    };
+    let stopped = |text: &str, stop: &str, tokens: usize| {
+        (
+            text.to_owned(),
+            FinishReason::StopString(stop.to_owned()),
+            tokens,
+        )
+    };
+    assert_eq!(
+        run("Hi\nUser: x", &["\nUser:"], 50),
+        stopped("Hi", "\nUser:", 8)
+    );
+    // At the last token allowed, the stop string still wins.
+    assert_eq!(run("ab##", &["##"], 4), stopped("ab", "##", 4));
+    // What was withheld is given in the end.
+    assert_eq!(
+        run("ab#c", &["##"], 3),
+        ("ab#".to_owned(), FinishReason::Length, 3)
+    );
+    assert_eq!(
+        run("é", &["##"], 1),
+        ("\u{FFFD}".to_owned(), FinishReason::Length, 1)
+    );
+    // The last character is complete only at the end, and completes the stop string.
+    assert_eq!(
+        run("a\u{e9}", &["\u{FFFD}"], 2),
+        stopped("a", "\u{FFFD}", 2)
+    );
+}
+
+#[test]
+fn text_may_go_on_behind_the_prompt() {
+    let tokenizer = sentencepiece();
+    let the = tokenizer.token_to_id("▁the").unwrap();
+    for (continues_prompt, text) in [(false, "the"), (true, " the")] {
+        let model = FakeModel::new(310, 50, Rule::Script(vec![1, the, the]));
+        let request = Request {
+            continues_prompt,
+            max_new_tokens: 1,
+            ..greedy(&[1, the])
+        };
+        let completion = complete(&model, &tokenizer, [request]).unwrap();
+        assert_eq!(completion[0].text, text);
+    }
+}
+
+#[test]
+fn cancelling() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let mut generator = Generator::new(&model, &tokenizer);
+    let request = seeded(&[5], 1, 400);
+    let token = request.cancel.clone();
+    generator.add(request).unwrap();
+    generator.add(seeded(&[5], 1, 4)).unwrap();
+    generator.add(seeded(&[5], 1, 400)).unwrap();
+    generator.next().unwrap().unwrap();
+    token.cancel();
+    generator.cancel(2);
+    generator.cancel(77);
+    let mut reasons = vec![None; 3];
+    let mut completion_tokens = vec![0; 3];
+    for event in &mut generator {
+        let event = event.unwrap();
+        if let EventKind::Finished(finished) = event.kind {
+            reasons[event.sequence] = Some(finished.reason);
+            completion_tokens[event.sequence] = finished.usage.completion_tokens;
+        }
+    }
+    let cancelled = Some(FinishReason::Cancelled);
+    assert_eq!(
+        reasons,
+        [cancelled.clone(), Some(FinishReason::Length), cancelled]
+    );
+    assert_eq!(completion_tokens, [1, 4, 1]);
+    // Before anything ran there is no forward call at all.
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let request = seeded(&[5], 1, 4);
+    request.cancel.cancel();
+    let completion = complete(&model, &tokenizer, [request]).unwrap();
+    assert_eq!(completion[0].reason, FinishReason::Cancelled);
+    assert_eq!(completion[0].usage.prefill_time, std::time::Duration::ZERO);
+    assert!(model.calls().is_empty());
+}
+
+#[test]
+fn cancelling_gives_withheld_text_back() {
+    let tokenizer = byte_level();
+    let model = scripted(&[1], b"ab#c", None);
+    let mut generator = Generator::new(&model, &tokenizer);
+    let stop_strings = vec!["##".to_owned()];
+    generator
+        .add(Request {
+            stop_strings,
+            ..greedy(&[1])
+        })
+        .unwrap();
+    let mut text = String::new();
+    for _ in 0..3 {
+        text.push_str(generator.next().unwrap().unwrap().text());
+    }
+    assert_eq!(text, "ab");
+    generator.cancel(0);
+    let last = generator.next().unwrap().unwrap();
+    assert_eq!(last.text(), "#");
+    assert!(generator.next().is_none());
+}
+
+#[test]
+fn the_context_is_a_limit() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 10, Rule::Mixed);
+    let run = |prompt: usize, max_new_tokens: usize| {
+        complete(
+            &model,
+            &tokenizer,
+            [seeded(&vec![5; prompt], 1, max_new_tokens)],
+        )
+        .map(|mut completions| completions.remove(0))
+    };
+    let full = run(4, 100).unwrap();
+    assert_eq!(
+        (full.reason, full.tokens.len()),
+        (FinishReason::ContextFull, 6)
+    );
+    let exact = run(4, 6).unwrap();
+    assert_eq!(
+        (exact.reason, exact.tokens.len()),
+        (FinishReason::Length, 6)
+    );
+    assert_eq!(run(9, 5).unwrap().tokens.len(), 1);
+    for len in [10, 11] {
+        match run(len, 1) {
+            Err(Error::PromptTooLong {
+                tokens,
+                context: 10,
+            }) => assert_eq!(tokens, len),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn requests_that_cannot_run() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 50, Rule::Mixed);
+    let mut generator = Generator::new(&model, &tokenizer);
+    let mut refused = |request: Request, part: &str| {
+        let error = generator.add(request).unwrap_err();
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        let text = error.to_string() + &source.unwrap_or_default();
+        assert!(text.contains(part), "{text}");
+    };
+    refused(greedy(&[]), "no token");
+    refused(greedy(&[5, 300]), "300");
+    refused(
+        Request {
+            max_new_tokens: 0,
+            ..greedy(&[5])
+        },
+        "max_new_tokens",
+    );
+    refused(
+        Request {
+            stop_strings: vec![String::new()],
+            ..greedy(&[5])
+        },
+        "stop string",
+    );
+    let mut request = greedy(&[5]);
+    request.params.logit_bias = [(300, 1.0)].into();
+    refused(request, "logit_bias");
+    let mut request = greedy(&[5]);
+    request.params.top_p = Some(7.0);
+    refused(request, "top_p");
+    assert!(generator.next().is_none());
+    assert_eq!(generator.add(greedy(&[5])).unwrap(), 0);
+}
+
+#[test]
+fn caches_are_reused_up_to_the_first_difference() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let mut generator = Generator::new(&model, &tokenizer);
+    let keep = |request: Request| Request {
+        keep_cache: true,
+        ..request
+    };
+    generator.add(keep(seeded(&[5, 6, 7], 1, 4))).unwrap();
+    generator.add(seeded(&[5, 6, 7], 1, 4)).unwrap();
+    let generated: Vec<u32> = generator
+        .by_ref()
+        .filter_map(|event| match event.unwrap() {
+            Event {
+                sequence: 0,
+                kind: EventKind::Token(token),
+            } => Some(token.id),
+            _ => None,
+        })
+        .collect();
+    assert!(generator.take_cache(1).is_none());
+    let kept = generator.take_cache(0).unwrap();
+    assert!(generator.take_cache(0).is_none());
+    // The last token was never run.
+    assert_eq!(kept.ids(), [&[5, 6, 7], &generated[..3]].concat());
+    assert_eq!(kept.cache().len(), 6);
+
+    let next_turn = [&[5, 6, 7], &generated[..], &[8, 9]].concat();
+    let other = [5, 6, 200, 7];
+    let same = [5, 6, 7];
+    for (prompt, cached) in [(&next_turn[..], 6), (&other, 2), (&same, 2), (&[9], 0)] {
+        let model = FakeModel::new(300, 500, Rule::Mixed);
+        let fresh = complete(&model, &tokenizer, [seeded(prompt, 3, 5)])
+            .unwrap()
+            .remove(0);
+        let model = FakeModel::new(300, 500, Rule::Mixed);
+        let cache = Some(kept.clone());
+        let request = Request {
+            cache,
+            ..seeded(prompt, 3, 5)
+        };
+        let reused = complete(&model, &tokenizer, [request]).unwrap().remove(0);
+        assert_eq!(reused.ids(), fresh.ids());
+        assert_eq!(reused.usage.cached_tokens, cached);
+        assert_eq!(model.calls()[0][0].start, cached);
+        assert_eq!(model.calls()[0][0].ids, prompt[cached..]);
+    }
+    let (ids, cache) = kept.into_parts();
+    assert!(CachedPrefix::new(ids[..3].to_vec(), cache).is_err());
+}
+
+#[test]
+fn one_bad_sequence_does_not_end_the_others() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 50, Rule::Mixed);
+    let mut generator = Generator::new(&model, &tokenizer);
+    let mut request = greedy(&[5]);
+    request.params.logit_bias = (0..300).map(|id| (id, f32::NEG_INFINITY)).collect();
+    generator.add(request).unwrap();
+    generator.add(seeded(&[5], 1, 3)).unwrap();
+    let (events, errors): (Vec<_>, Vec<_>) = generator.partition(Result::is_ok);
+    assert_eq!(events.len(), 4);
+    match errors.as_slice() {
+        [
+            Err(Error::Sequence {
+                sequence: 0,
+                source,
+            }),
+        ] => {
+            assert!(matches!(**source, Error::NoCandidate));
+        }
+        other => panic!("{other:?}"),
+    }
+    let model = FakeModel::new(300, 50, Rule::Constant(f32::NAN));
+    let outcome = complete(&model, &tokenizer, [greedy(&[5])]);
+    assert!(
+        matches!(outcome, Err(Error::Sequence { .. })),
+        "{outcome:?}"
+    );
+}
+
+#[test]
+fn a_failing_model_ends_everything_once() {
+    let tokenizer = sentencepiece();
+    let mut model = FakeModel::new(300, 50, Rule::Mixed);
+    model.fails_at = Some(2);
+    let mut generator = Generator::new(&model, &tokenizer);
+    generator.add(seeded(&[5], 1, 30)).unwrap();
+    generator.add(seeded(&[6], 1, 30)).unwrap();
+    let outcomes: Vec<bool> = generator.by_ref().map(|event| event.is_ok()).collect();
+    assert_eq!(outcomes, [true, true, true, true, false]);
+    assert_eq!(generator.live(), 0);
+}
