@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::Avx2;
 use crate::{AttentionShape, MatrixRef, scalar};
 
 /// A backend that this processor can run. Backends other than scalar hold a token that only
@@ -10,6 +12,9 @@ use crate::{AttentionShape, MatrixRef, scalar};
 pub(crate) enum Backend {
     /// Portable Rust.
     Scalar,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
 }
 
 /// The backend in use: the last of [`available`], or the one that `PHI3_KERNELS` names.
@@ -23,7 +28,10 @@ pub(crate) fn backend() -> Backend {
 
 /// What this processor can run, from slow to fast.
 pub(crate) fn available() -> Vec<Backend> {
-    vec![Backend::Scalar]
+    let scalar = [Backend::Scalar].into_iter();
+    #[cfg(target_arch = "x86_64")]
+    let scalar = scalar.chain(Avx2::new().map(Backend::Avx2));
+    scalar.collect()
 }
 
 impl Backend {
@@ -31,6 +39,8 @@ impl Backend {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Backend::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2(_) => "avx2",
         }
     }
 
@@ -45,6 +55,8 @@ impl Backend {
     ) {
         match self {
             Backend::Scalar => scalar::matmul_rows(x, n, w, first_row, out),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2(avx2) => avx2.matmul_rows(x, n, w, first_row, out),
         }
     }
 
@@ -60,6 +72,149 @@ impl Backend {
     ) {
         match self {
             Backend::Scalar => scalar::attend_rows(q, keys, values, shape, first_row, out),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2(avx2) => avx2.attend_rows(q, keys, values, shape, first_row, out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::BlockType;
+    use crate::testing::{self, Random};
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    /// Error of an f32 sum of products, relative to the sum of their magnitudes, in any order.
+    const MATMUL_TOLERANCE: f64 = 2e-6;
+
+    /// Values of either sign from subnormal to huge, zeros among them.
+    fn activations(random: &mut Random, len: usize) -> Vec<f32> {
+        let value = |random: &mut Random| {
+            let scale = [0.0, 1e-42, 1e-20, 1.0, 1.0, 1.0, 1e15][(random.bits() % 7) as usize];
+            random.unit() * scale
+        };
+        (0..len).map(|_| value(random)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Every backend against the oracle; and a token alone against the same among many.
+        #[test]
+        fn backends_multiply(
+            block_type in select(BlockType::ALL.to_vec()),
+            rows in 1usize..40,
+            blocks in 0usize..4,
+            tail in 0usize..40,
+            n in 1usize..12,
+            first_row in 0usize..3,
+            misaligned in 0usize..4,
+            seed: u64,
+        ) {
+            let cols = match block_type.block_len() {
+                1 => 17 * blocks + tail,
+                len => len * blocks,
+            };
+            let mut bytes = vec![0; misaligned];
+            bytes.extend(testing::random_matrix(block_type, first_row + rows, cols, seed));
+            let w = MatrixRef::new(block_type, first_row + rows, cols, &bytes[misaligned..]);
+            let w = w.unwrap();
+            let x = activations(&mut Random(seed), misaligned + n * cols);
+            let x = &x[misaligned..];
+            let expected = testing::matmul(x, n, w);
+            for backend in available() {
+                let name = backend.name();
+                let mut out = vec![f32::NAN; n * rows];
+                backend.matmul_rows(x, n, w, first_row, &mut out);
+                for t in 0..n {
+                    let out = &out[t * rows..][..rows];
+                    for (r, found) in out.iter().enumerate() {
+                        let (sum, scale) = expected[t * w.rows() + first_row + r];
+                        prop_assert!(
+                            (f64::from(*found) - sum).abs() <= MATMUL_TOLERANCE * scale + 1e-40,
+                            "{name} {w:?} token {t} row {r}: {found}, expected {sum} of {scale}"
+                        );
+                    }
+                    let mut alone = vec![f32::NAN; rows];
+                    backend.matmul_rows(&x[t * cols..][..cols], 1, w, first_row, &mut alone);
+                    prop_assert_eq!(&alone[..], out, "{} {:?} token {}", name, w, t);
+                }
+            }
+        }
+    }
+
+    /// One 1 in a token picks a weight, which every backend decodes to the same bits.
+    #[test]
+    fn backends_decode_alike() {
+        for block_type in BlockType::ALL {
+            let (rows, cols) = (3, 256);
+            let bytes = testing::random_matrix(block_type, rows, cols, 7);
+            let w = MatrixRef::new(block_type, rows, cols, &bytes).unwrap();
+            let mut x = vec![0.0; cols * cols];
+            (0..cols).for_each(|i| x[i * cols + i] = 1.0);
+            let run = |backend: Backend| {
+                let mut out = vec![f32::NAN; cols * rows];
+                backend.matmul_rows(&x, cols, w, 0, &mut out);
+                out
+            };
+            let expected = run(Backend::Scalar);
+            for backend in available() {
+                assert_eq!(run(backend), expected, "{} {block_type}", backend.name());
+            }
+        }
+    }
+
+    #[test]
+    fn backends_propagate_what_is_not_finite() {
+        for backend in available() {
+            for block_type in BlockType::ALL {
+                let bytes = vec![0xff; block_type.row_bytes(256).unwrap()];
+                let w = MatrixRef::new(block_type, 1, 256, &bytes).unwrap();
+                let mut out = [0.0];
+                backend.matmul_rows(&[1.0; 256], 1, w, 0, &mut out);
+                assert!(out[0].is_nan(), "{} {block_type}", backend.name());
+            }
+            // Infinite activations, in a whole vector and in the tail of a row.
+            let bytes = testing::random_matrix(BlockType::F32, 1, 21, 1);
+            let w = MatrixRef::new(BlockType::F32, 1, 21, &bytes).unwrap();
+            for i in 0..21 {
+                let mut x = [1.0; 21];
+                x[i] = f32::INFINITY;
+                let mut out = [0.0];
+                backend.matmul_rows(&x, 1, w, 0, &mut out);
+                assert!(out[0].is_infinite(), "{} element {i}", backend.name());
+            }
+        }
+    }
+
+    /// All backends compute attention by the same operations in the same order.
+    #[test]
+    fn backends_attend_alike() {
+        let mut random = Random(3);
+        for head_dim in [1, 7, 16, 31, 64, 96, 128] {
+            let (l, s) = (5, 70);
+            let q = random.units(l * head_dim);
+            let (keys, values) = (random.units(s * head_dim), random.units(s * head_dim));
+            for window in [None, Some(0), Some(9)] {
+                let shape = AttentionShape {
+                    head_dim,
+                    q_start: 66,
+                    k_start: 1,
+                    window,
+                    scale: 0.3,
+                };
+                let run = |backend: Backend| {
+                    let mut out = vec![f32::NAN; q.len()];
+                    backend.attend_rows(&q, &keys, &values, shape, 0, &mut out);
+                    out
+                };
+                let expected = run(Backend::Scalar);
+                for backend in available() {
+                    assert_eq!(run(backend), expected, "{} {shape:?}", backend.name());
+                }
+            }
         }
     }
 }

@@ -35,6 +35,8 @@ mod scalar;
 #[doc(hidden)]
 pub mod testing;
 mod threads;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 pub use attention::{AttentionShape, attend};
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
@@ -42,7 +44,8 @@ pub use environment::{EnvironmentError, check_environment};
 pub use ops::{argmax, dequantize, gather_rows, matmul, rms_norm, rope, silu_mul};
 pub use threads::{num_threads, parallel, set_num_threads};
 
-/// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar`.
+/// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor) or
+/// `avx2` (x86-64 with AVX2, FMA and F16C).
 pub fn backend_name() -> &'static str {
     dispatch::backend().name()
 }

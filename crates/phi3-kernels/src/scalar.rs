@@ -7,6 +7,8 @@
 mod decode;
 
 pub(crate) use decode::decode;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use decode::{IQ4_NL_VALUES, decode_inline};
 
 use crate::{AttentionShape, MatrixRef};
 

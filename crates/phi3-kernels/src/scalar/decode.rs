@@ -12,6 +12,12 @@ use crate::BlockType;
 /// slices inside a larger function, that they do not overlap, and vectorizes accordingly.
 #[inline(never)]
 pub(crate) fn decode(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
+    decode_inline(block_type, bytes, out);
+}
+
+/// [`decode`], to be compiled once more inside a function with other target features.
+#[inline(always)]
+pub(crate) fn decode_inline(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
     match block_type {
         BlockType::F32 => each(bytes, out, |b: &[u8; 4], o| *o = [f32::from_le_bytes(*b)]),
         BlockType::F16 => each(bytes, out, |b, o| *o = [f16_to_f32(u16::from_le_bytes(*b))]),
@@ -47,10 +53,9 @@ fn each<const BYTES: usize, const LEN: usize>(
 #[inline(always)]
 fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
     let d = f16(block, 0);
-    for j in 0..16 {
-        let q = block[2 + j];
-        out[j] = d * (i32::from(q & 15) - 8) as f32;
-        out[j + 16] = d * (i32::from(q >> 4) - 8) as f32;
+    let q = nibbles(array(block, 2));
+    for j in 0..32 {
+        out[j] = d * (i32::from(q[j]) - 8) as f32;
     }
 }
 
@@ -58,10 +63,9 @@ fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
 #[inline(always)]
 fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
     let (d, m) = (f16(block, 0), f16(block, 2));
-    for j in 0..16 {
-        let q = block[4 + j];
-        out[j] = d * f32::from(q & 15) + m;
-        out[j + 16] = d * f32::from(q >> 4) + m;
+    let q = nibbles(array(block, 4));
+    for j in 0..32 {
+        out[j] = d * f32::from(q[j]) + m;
     }
 }
 
@@ -69,11 +73,9 @@ fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
 #[inline(always)]
 fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
     let d = f16(block, 0);
-    let high = fifth_bits([block[2], block[3], block[4], block[5]]);
-    for j in 0..16 {
-        let q = block[6 + j];
-        out[j] = d * (i32::from(q & 15 | high[j]) - 16) as f32;
-        out[j + 16] = d * (i32::from(q >> 4 | high[j + 16]) - 16) as f32;
+    let (high, q) = (fifth_bits(array(block, 2)), nibbles(array(block, 6)));
+    for j in 0..32 {
+        out[j] = d * (i32::from(q[j] | high[j]) - 16) as f32;
     }
 }
 
@@ -81,18 +83,27 @@ fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
 #[inline(always)]
 fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
     let (d, m) = (f16(block, 0), f16(block, 2));
-    let high = fifth_bits([block[4], block[5], block[6], block[7]]);
-    for j in 0..16 {
-        let q = block[8 + j];
-        out[j] = d * f32::from(q & 15 | high[j]) + m;
-        out[j + 16] = d * f32::from(q >> 4 | high[j + 16]) + m;
+    let (high, q) = (fifth_bits(array(block, 4)), nibbles(array(block, 8)));
+    for j in 0..32 {
+        out[j] = d * f32::from(q[j] | high[j]) + m;
     }
+}
+
+/// The low halves of sixteen bytes, then the high ones.
+#[inline(always)]
+fn nibbles(bytes: &[u8; 16]) -> [u8; 32] {
+    let mut nibbles = [0; 32];
+    for j in 0..16 {
+        nibbles[j] = bytes[j] & 15;
+        nibbles[j + 16] = bytes[j] >> 4;
+    }
+    nibbles
 }
 
 /// Bit j of the input moved to bit 4 of byte j. A comparison with a mask a byte vectorizes
 /// where a shift by a different amount in every lane does not.
 #[inline(always)]
-fn fifth_bits(bits: [u8; 4]) -> [u8; 32] {
+fn fifth_bits(bits: &[u8; 4]) -> [u8; 32] {
     let mut high = [0; 32];
     for (j, high) in high.iter_mut().enumerate() {
         *high = if bits[j / 8] & (1 << (j % 8)) == 0 {
@@ -117,10 +128,9 @@ fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
 #[inline(always)]
 fn iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {
     let d = f16(block, 0);
-    for j in 0..16 {
-        let q = block[2 + j];
-        out[j] = d * IQ4_NL_VALUES[usize::from(q & 15)];
-        out[j + 16] = d * IQ4_NL_VALUES[usize::from(q >> 4)];
+    let q = nibbles(array(block, 2));
+    for j in 0..32 {
+        out[j] = d * IQ4_NL_VALUES[usize::from(q[j])];
     }
 }
 

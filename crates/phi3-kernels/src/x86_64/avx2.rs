@@ -1,0 +1,303 @@
+//! AVX2, FMA and F16C: f32 products like scalar's, eight at a time.
+//!
+//! Unsafe code is confined to the calls that enter a function with target features, which the
+//! token [`Avx2`] vouches for, and to the change between arrays and vectors of the same size.
+
+use std::arch::x86_64::*;
+use std::mem::transmute;
+
+use crate::{AttentionShape, BlockType, MatrixRef, scalar};
+
+/// Lanes of a vector of f32.
+const LANES: usize = 8;
+
+/// Rows and tokens of the register block: 4 * 3 sums, three vectors of activations and one of
+/// weights are the sixteen registers.
+const BLOCK_ROWS: usize = 4;
+const BLOCK_TOKENS: usize = 3;
+
+/// Rows decoded at once when many tokens use them. They stay in the second-level cache, and
+/// the tokens are read from memory once for all of them.
+const PANEL_ROWS: usize = 16;
+/// Tokens from which on a panel pays; fewer find a block of rows in the first-level cache.
+const PANEL_TOKENS: usize = 8;
+
+/// Proof that this processor has AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// `None` on a processor that lacks one of them.
+    pub(crate) fn new() -> Option<Self> {
+        let detected = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        detected.then_some(Self(()))
+    }
+
+    /// [`scalar::matmul_rows`], with sums in eight lanes and fused multiply-adds.
+    pub(crate) fn matmul_rows(
+        self,
+        x: &[f32],
+        n: usize,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [f32],
+    ) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { matmul_rows(x, n, w, first_row, out) }
+    }
+
+    /// [`scalar::attend_rows`], the same operations in wider vectors.
+    pub(crate) fn attend_rows(
+        self,
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+        shape: AttentionShape,
+        first_row: usize,
+        out: &mut [f32],
+    ) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { attend_rows(q, keys, values, shape, first_row, out) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn matmul_rows(x: &[f32], n: usize, w: MatrixRef<'_>, first_row: usize, out: &mut [f32]) {
+    let (cols, rows) = (w.cols(), out.len() / n);
+    let panel_rows = if n < PANEL_TOKENS {
+        BLOCK_ROWS
+    } else {
+        PANEL_ROWS
+    };
+    let mut panel = vec![0.0; panel_rows.min(rows) * cols];
+    for start in (0..rows).step_by(panel_rows) {
+        let panel_rows = panel_rows.min(rows - start);
+        for i in 0..panel_rows {
+            let row = w.row(first_row + start + i);
+            decode(w.block_type(), row, &mut panel[i * cols..][..cols]);
+        }
+        let mut t = 0;
+        while t < n {
+            let tokens = BLOCK_TOKENS.min(n - t);
+            let x = &x[t * cols..][..tokens * cols];
+            let mut i = 0;
+            while i < panel_rows {
+                let block_rows = BLOCK_ROWS.min(panel_rows - i);
+                let panel = &panel[i * cols..][..block_rows * cols];
+                let sums = match (block_rows, tokens) {
+                    (4, 3) => dots::<4, 3>(panel, x, cols),
+                    (4, 2) => widen(dots::<4, 2>(panel, x, cols)),
+                    (4, _) => widen(dots::<4, 1>(panel, x, cols)),
+                    _ => {
+                        let mut sums = [[0.0; BLOCK_TOKENS]; BLOCK_ROWS];
+                        for r in 0..block_rows {
+                            for t in 0..tokens {
+                                let panel = &panel[r * cols..][..cols];
+                                [[sums[r][t]]] = dots::<1, 1>(panel, &x[t * cols..][..cols], cols);
+                            }
+                        }
+                        sums
+                    }
+                };
+                for (j, sums) in sums.iter().take(block_rows).enumerate() {
+                    for (k, sum) in sums.iter().take(tokens).enumerate() {
+                        out[(t + k) * rows + start + i + j] = *sum;
+                    }
+                }
+                i += block_rows;
+            }
+            t += tokens;
+        }
+    }
+}
+
+fn widen<const T: usize>(sums: [[f32; T]; BLOCK_ROWS]) -> [[f32; BLOCK_TOKENS]; BLOCK_ROWS] {
+    sums.map(|sums| std::array::from_fn(|t| if t < T { sums[t] } else { 0.0 }))
+}
+
+/// `w[r] · x[t]` for `R` rows and `T` tokens of `cols` elements. Each sum goes through the
+/// columns in vectors of eight, the last filled up with zeros, whatever `R` and `T` are.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn dots<const R: usize, const T: usize>(w: &[f32], x: &[f32], cols: usize) -> [[f32; T]; R] {
+    // Slices of `vectors` elements each, so that the loop needs no check. Not by closures: they
+    // are compiled without the target features where the standard library calls them.
+    let vectors = cols / LANES;
+    let (mut w_vectors, mut w_tails) = ([&[][..]; R], [&[][..]; R]);
+    for r in 0..R {
+        let (all, tail) = w[r * cols..][..cols].as_chunks::<LANES>();
+        (w_vectors[r], w_tails[r]) = (&all[..vectors], tail);
+    }
+    let (mut x_vectors, mut x_tails) = ([&[][..]; T], [&[][..]; T]);
+    for t in 0..T {
+        let (all, tail) = x[t * cols..][..cols].as_chunks::<LANES>();
+        (x_vectors[t], x_tails[t]) = (&all[..vectors], tail);
+    }
+    let mut sums = [[_mm256_setzero_ps(); T]; R];
+    for c in 0..vectors {
+        let mut x = [_mm256_setzero_ps(); T];
+        for t in 0..T {
+            x[t] = load(x_vectors[t][c]);
+        }
+        for r in 0..R {
+            let w = load(w_vectors[r][c]);
+            for t in 0..T {
+                sums[r][t] = _mm256_fmadd_ps(w, x[t], sums[r][t]);
+            }
+        }
+    }
+    if !cols.is_multiple_of(LANES) {
+        for r in 0..R {
+            for t in 0..T {
+                let (w, x) = (filled_up(w_tails[r]), filled_up(x_tails[t]));
+                sums[r][t] = _mm256_fmadd_ps(load(w), load(x), sums[r][t]);
+            }
+        }
+    }
+    let mut out = [[0.0; T]; R];
+    for r in 0..R {
+        for t in 0..T {
+            out[r][t] = sum(sums[r][t]);
+        }
+    }
+    out
+}
+
+fn filled_up(tail: &[f32]) -> [f32; LANES] {
+    let mut vector = [0.0; LANES];
+    vector[..tail.len()].copy_from_slice(tail);
+    vector
+}
+
+/// [`scalar::decode`]: the same values bit for bit. By hand what the compiler does badly, from
+/// the portable code the rest.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn decode(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
+    match block_type {
+        BlockType::F16 => {
+            let (halves, tail) = bytes.as_chunks::<{ 2 * LANES }>();
+            let (vectors, out_tail) = out.as_chunks_mut::<LANES>();
+            for (halves, out) in halves.iter().zip(vectors) {
+                *out = store(_mm256_cvtph_ps(load_bytes(*halves)));
+            }
+            scalar::decode_inline(block_type, tail, out_tail);
+        }
+        BlockType::Q4_0 => {
+            for (block, out) in bytes.as_chunks::<18>().0.iter().zip(vectors_of_32(out)) {
+                let [d0, d1, q @ ..] = *block;
+                let (low, high) = nibbles(q);
+                let eight = _mm_set1_epi8(8);
+                let q = from_i8(_mm_sub_epi8(low, eight), _mm_sub_epi8(high, eight));
+                for (out, q) in out.iter_mut().zip(q) {
+                    *out = store(_mm256_mul_ps(factor(d0, d1), q));
+                }
+            }
+        }
+        BlockType::Q4_1 => {
+            for (block, out) in bytes.as_chunks::<20>().0.iter().zip(vectors_of_32(out)) {
+                let [d0, d1, m0, m1, q @ ..] = *block;
+                let (low, high) = nibbles(q);
+                let q = from_i8(low, high);
+                for (out, q) in out.iter_mut().zip(q) {
+                    let scaled = _mm256_mul_ps(factor(d0, d1), q);
+                    *out = store(_mm256_add_ps(scaled, factor(m0, m1)));
+                }
+            }
+        }
+        BlockType::IQ4NL => {
+            let table = load_bytes(scalar::IQ4_NL_VALUES.map(|v| v as i8 as u8));
+            for (block, out) in bytes.as_chunks::<18>().0.iter().zip(vectors_of_32(out)) {
+                let [d0, d1, q @ ..] = *block;
+                let (low, high) = nibbles(q);
+                let q = from_i8(_mm_shuffle_epi8(table, low), _mm_shuffle_epi8(table, high));
+                for (out, q) in out.iter_mut().zip(q) {
+                    *out = store(_mm256_mul_ps(factor(d0, d1), q));
+                }
+            }
+        }
+        _ => scalar::decode_inline(block_type, bytes, out),
+    }
+}
+
+fn vectors_of_32(out: &mut [f32]) -> &mut [[[f32; LANES]; 4]] {
+    out.as_chunks_mut::<LANES>().0.as_chunks_mut::<4>().0
+}
+
+/// A half-precision factor of a block in all lanes.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn factor(byte_0: u8, byte_1: u8) -> __m256 {
+    let half = _mm_set1_epi16(i16::from_le_bytes([byte_0, byte_1]));
+    _mm256_cvtph_ps(half)
+}
+
+/// The low halves of sixteen bytes, and the high ones.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn nibbles(bytes: [u8; 16]) -> (__m128i, __m128i) {
+    let (bytes, mask) = (load_bytes(bytes), _mm_set1_epi8(15));
+    let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
+    (_mm_and_si128(bytes, mask), high)
+}
+
+/// Two times sixteen signed bytes as f32, in order.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn from_i8(low: __m128i, high: __m128i) -> [__m256; 4] {
+    let eights = [
+        low,
+        _mm_unpackhi_epi64(low, low),
+        high,
+        _mm_unpackhi_epi64(high, high),
+    ];
+    let mut vectors = [_mm256_setzero_ps(); 4];
+    for (vector, eight) in vectors.iter_mut().zip(eights) {
+        *vector = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    }
+    vectors
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn attend_rows(
+    q: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    shape: AttentionShape,
+    first_row: usize,
+    out: &mut [f32],
+) {
+    scalar::attend_rows(q, keys, values, shape, first_row, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn sum(vector: __m256) -> f32 {
+    let [a, b, c, d, e, f, g, h] = store(vector);
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
+}
+
+// Loads and stores by value rather than by the intrinsics that take pointers: those check their
+// pointers in a build with debug assertions, which makes this file's loops four times slower.
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load(vector: [f32; LANES]) -> __m256 {
+    // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
+    unsafe { transmute::<[f32; LANES], __m256>(vector) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_bytes(bytes: [u8; 16]) -> __m128i {
+    // SAFETY: both types are sixteen bytes in the same order, and any bits are valid in them.
+    unsafe { transmute::<[u8; 16], __m128i>(bytes) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store(vector: __m256) -> [f32; LANES] {
+    // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
+    unsafe { transmute::<__m256, [f32; LANES]>(vector) }
+}
