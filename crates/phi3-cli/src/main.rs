@@ -1,2 +1,80 @@
-//! The command line.
-fn main() {}
+//! `phi3`: run the Phi-3 family from the command line.
+//!
+//! Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
+//! 3 the model could not be found or downloaded, 130 interrupted.
+#![forbid(unsafe_code)]
+
+mod args;
+mod chat;
+mod download;
+mod generate;
+mod inspect;
+mod interrupt;
+mod logits;
+mod output;
+mod sampling;
+mod tokenize;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Run the Phi-3 family of language models.
+#[derive(Parser)]
+#[command(name = "phi3", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// More messages on stderr: -v for progress, -vv for details.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fetch a model from the hub into the local cache, and print where it is.
+    Download(download::Args),
+    /// Show what a model is: architecture, size, quantisation, memory.
+    Inspect(inspect::Args),
+    /// Continue a prompt, or answer it as one turn of a chat.
+    Generate(generate::Args),
+    /// Talk with a model.
+    Chat(chat::Args),
+    /// Show how a text is split into tokens.
+    Tokenize(tokenize::Args),
+    /// Write the logits of given token ids, for comparison with another implementation.
+    Logits(logits::Args),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    output::start_logging(cli.verbose);
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::report(&error);
+            ExitCode::from(output::exit_code(&error))
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Download(args) => download::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "phi3", &mut script);
+            output::print_bytes(&script)
+        }
+    }
+}

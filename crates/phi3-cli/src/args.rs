@@ -1,0 +1,126 @@
+//! Flags that mean the same in every command.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use clap::ValueEnum;
+use phi3::hub::{HubOptions, TerminalProgress};
+use phi3::{ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
+
+/// Which model, and from where.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SourceArgs {
+    /// A repo id on the hub (microsoft/Phi-3-mini-4k-instruct), a folder, or a .gguf file.
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+/// The same for commands that also take the model as their argument.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PositionalSourceArgs {
+    /// A repo id on the hub (microsoft/Phi-3-mini-4k-instruct), a folder, or a .gguf file.
+    #[arg(value_name = "MODEL", required_unless_present = "model")]
+    pub positional: Option<String>,
+    /// The model, as in the other commands.
+    #[arg(long, short, value_name = "MODEL", conflicts_with = "positional")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+impl PositionalSourceArgs {
+    /// The model, however it was given.
+    pub fn source(&self) -> SourceArgs {
+        let model = self.positional.clone().or_else(|| self.model.clone());
+        SourceArgs {
+            model: model.unwrap_or_default(),
+            hub: self.hub.clone(),
+        }
+    }
+}
+
+/// How to reach the hub.
+#[derive(Clone, Debug, clap::Args)]
+pub struct HubArgs {
+    /// Branch, tag or commit on the hub [default: main].
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Make no request: use only what is in the cache (as HF_HUB_OFFLINE=1 does).
+    #[arg(long)]
+    pub offline: bool,
+    /// Cache folder [default: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub].
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+impl HubArgs {
+    /// The environment's options, and what the flags change.
+    pub fn options(&self) -> HubOptions {
+        let mut options = HubOptions::from_env();
+        options.offline |= self.offline;
+        if self.cache_dir.is_some() {
+            options.cache_dir.clone_from(&self.cache_dir);
+        }
+        options.progress = Arc::new(TerminalProgress::new());
+        options
+    }
+}
+
+/// What computes.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ComputeArgs {
+    /// auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceSpec,
+    /// Dtype of dense weights and activations on a GPU [default: bf16 on CUDA, f16 on Metal]; the
+    /// CPU computes in f32 on weights as they are stored.
+    #[arg(long)]
+    pub dtype: Option<DTypeArg>,
+    /// Run a checkpoint without LongRoPE factors beyond its trained length: power:TOKENS or
+    /// piecewise:TOKENS.
+    #[arg(long, value_name = "RULE:TOKENS")]
+    pub extend_context: Option<ContextExtension>,
+    /// Threads [default: PHI3_THREADS, else one per physical core].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// A dtype by name.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DTypeArg {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl From<DTypeArg> for DType {
+    fn from(dtype: DTypeArg) -> Self {
+        match dtype {
+            DTypeArg::F32 => DType::F32,
+            DTypeArg::F16 => DType::F16,
+            DTypeArg::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Loads the model that the flags name.
+pub fn load(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel> {
+    if let Some(threads) = compute.threads {
+        phi3::set_num_threads(threads);
+    }
+    let options = LoadOptions {
+        device: compute.device,
+        dtype: compute.dtype.map(DType::from),
+        revision: source.hub.revision.clone(),
+        extend: compute.extend_context,
+        hub: Some(source.hub.options()),
+    };
+    phi3::load_with(&source.model, &options).with_context(|| format!("loading {}", source.model))
+}

@@ -1,0 +1,293 @@
+//! `phi3 logits`: the numbers behind the answers, for comparison with any reference.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Tensor};
+use phi3::hub::safetensors::{TensorData, TensorToWrite, write_safetensors};
+use phi3::nn::{CausalLm, Input, KvCache, LogitRows, Observer, Recompute, Span};
+
+use crate::args::{ComputeArgs, SourceArgs, load};
+
+/// Runs token ids and writes `logits` f32 [n, vocab], row i after id i.
+///
+/// With several files their sequences run packed in one batch, and each tensor's name starts with
+/// its file's stem and a dot.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    source: SourceArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// A JSON array of token ids; several files run packed in one batch.
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE.json")]
+    ids: Vec<PathBuf>,
+    /// Run the first K ids as prefill and each later one as one cached step [default: all prefill].
+    #[arg(long, value_name = "K")]
+    decode_from: Option<usize>,
+    /// Also write the hidden states: hidden_embed, hidden_layer0_attn, hidden_layer0, …,
+    /// hidden_layer_last, hidden_final_norm.
+    #[arg(long)]
+    hidden: bool,
+    /// Then continue greedily by N ids: generate_ids [N] and generate_logits [N, vocab], the row
+    /// that chose each.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    generate: usize,
+    /// Whether passing the LongRoPE limit computes the history again: auto is the model's own rule.
+    #[arg(long, value_enum, default_value_t = RecomputeArg::Auto)]
+    recompute: RecomputeArg,
+    /// Where to write.
+    #[arg(long, value_name = "OUT.safetensors")]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum RecomputeArg {
+    /// The model's own rule: phi3, phimoe and phi3_v recompute, phi3small does not.
+    Auto,
+    /// The whole history is computed again.
+    Always,
+    /// Cached keys keep the rotation they have.
+    Never,
+}
+
+/// One file's sequence while it runs.
+struct Sequence {
+    /// What its tensors' names start with.
+    prefix: String,
+    ids: Vec<u32>,
+    /// Ids that have run.
+    done: usize,
+    cache: KvCache,
+    logits: Vec<f32>,
+    hidden: BTreeMap<String, Hidden>,
+    generated: Vec<u32>,
+    generated_rows: Vec<f32>,
+}
+
+#[derive(Default)]
+struct Hidden {
+    values: Vec<f32>,
+    width: usize,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let model = load(&args.source, &args.compute)?;
+    let model = model.model().as_ref();
+    let mut sequences = args
+        .ids
+        .iter()
+        .map(|path| Sequence::read(path, args.ids.len() > 1, new_cache(model, args.recompute)))
+        .collect::<Result<Vec<_>>>()?;
+    check_prefixes(&sequences)?;
+
+    let prefill = args.decode_from.unwrap_or(usize::MAX);
+    ensure!(
+        prefill > 0,
+        "--decode-from must be at least 1: the first id has nothing cached before it"
+    );
+    step(model, &mut sequences, args.hidden, |sequence| {
+        sequence.ids.len().min(prefill)
+    })?;
+    while sequences
+        .iter()
+        .any(|sequence| sequence.done < sequence.ids.len())
+    {
+        step(model, &mut sequences, args.hidden, |sequence| {
+            usize::from(sequence.done < sequence.ids.len())
+        })?;
+    }
+    generate(model, &mut sequences, args.generate)?;
+    write(&args.out, &sequences, model.info().vocab_size)
+}
+
+fn new_cache(model: &dyn CausalLm, recompute: RecomputeArg) -> KvCache {
+    match recompute {
+        RecomputeArg::Auto => model.new_cache(),
+        RecomputeArg::Always => model.new_cache().with_recompute(Recompute::Always),
+        RecomputeArg::Never => model.new_cache().with_recompute(Recompute::Never),
+    }
+}
+
+impl Sequence {
+    fn read(path: &Path, prefixed: bool, cache: KvCache) -> Result<Self> {
+        let name = path.display();
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
+        let ids: Vec<u32> = serde_json::from_str(&text)
+            .with_context(|| format!("{name} must be a JSON array of token ids"))?;
+        ensure!(!ids.is_empty(), "{name} holds no id");
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        Ok(Self {
+            prefix: if prefixed {
+                format!("{stem}.")
+            } else {
+                String::new()
+            },
+            ids,
+            done: 0,
+            cache,
+            logits: Vec::new(),
+            hidden: BTreeMap::new(),
+            generated: Vec::new(),
+            generated_rows: Vec::new(),
+        })
+    }
+}
+
+fn check_prefixes(sequences: &[Sequence]) -> Result<()> {
+    let mut prefixes: Vec<_> = sequences.iter().map(|sequence| &sequence.prefix).collect();
+    prefixes.sort();
+    if let Some(pair) = prefixes.windows(2).find(|pair| pair[0] == pair[1]) {
+        bail!(
+            "two files have the stem `{}`, so their tensors would have one name",
+            pair[0].trim_end_matches('.')
+        );
+    }
+    Ok(())
+}
+
+/// Runs the next `count(sequence)` ids of every sequence in one packed call.
+fn step(
+    model: &dyn CausalLm,
+    sequences: &mut [Sequence],
+    hidden: bool,
+    count: impl Fn(&Sequence) -> usize,
+) -> Result<()> {
+    let counts: Vec<usize> = sequences.iter().map(count).collect();
+    let ids: Vec<u32> = sequences
+        .iter()
+        .zip(&counts)
+        .flat_map(|(sequence, count)| sequence.ids[sequence.done..].iter().take(*count))
+        .copied()
+        .collect();
+    let mut recorder = Recorder::default();
+    let observer = hidden.then_some(&mut recorder as &mut dyn Observer);
+    let mut rows = forward(model, sequences, &counts, &ids, observer)?.into_iter();
+    for (sequence, count) in sequences.iter_mut().zip(&counts) {
+        sequence.done += count;
+        sequence.logits.extend(rows.by_ref().take(*count).flatten());
+    }
+    for (name, (values, width)) in recorder.shown {
+        let mut rows = values.chunks_exact(width.max(1));
+        for (sequence, count) in sequences
+            .iter_mut()
+            .zip(&counts)
+            .filter(|(_, count)| **count > 0)
+        {
+            let hidden = sequence.hidden.entry(name.clone()).or_default();
+            hidden.width = width;
+            hidden.values.extend(rows.by_ref().take(*count).flatten());
+        }
+    }
+    Ok(())
+}
+
+/// One packed call of the sequences whose count is not 0: the logits of all its rows.
+fn forward(
+    model: &dyn CausalLm,
+    sequences: &mut [Sequence],
+    counts: &[usize],
+    ids: &[u32],
+    observer: Option<&mut dyn Observer>,
+) -> Result<Vec<Vec<f32>>> {
+    let mut spans: Vec<Span<'_>> = sequences
+        .iter_mut()
+        .zip(counts)
+        .filter(|(_, count)| **count > 0)
+        .map(|(sequence, count)| Span::new(*count, &mut sequence.cache).with_logits(LogitRows::All))
+        .collect();
+    let logits = model.forward(Input::Ids(ids), &mut spans, observer)?;
+    Ok(logits.to_vec2()?)
+}
+
+/// Greedy continuation, all sequences packed.
+fn generate(model: &dyn CausalLm, sequences: &mut [Sequence], count: usize) -> Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
+    let vocab = model.info().vocab_size;
+    let mut rows: Vec<Vec<f32>> = sequences
+        .iter()
+        .map(|sequence| sequence.logits[sequence.logits.len() - vocab..].to_vec())
+        .collect();
+    for idx in 0..count {
+        if idx > 0 {
+            let last = sequences
+                .iter()
+                .filter_map(|sequence| sequence.generated.last().copied());
+            let ids: Vec<u32> = last.collect();
+            rows = forward(model, sequences, &vec![1; ids.len()], &ids, None)?;
+        }
+        for (sequence, row) in sequences.iter_mut().zip(&rows) {
+            let best = phi3::argmax(row).context("the logits hold no number to choose by")?;
+            sequence.generated.push(u32::try_from(best)?);
+            sequence.generated_rows.extend(row);
+        }
+    }
+    Ok(())
+}
+
+fn write(out: &Path, sequences: &[Sequence], vocab: usize) -> Result<()> {
+    let mut floats: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
+    let mut ids: Vec<(String, Vec<i64>)> = Vec::new();
+    for sequence in sequences {
+        let name = |name: &str| format!("{}{name}", sequence.prefix);
+        floats.push((
+            name("logits"),
+            vec![sequence.ids.len(), vocab],
+            &sequence.logits,
+        ));
+        for (hidden_name, hidden) in &sequence.hidden {
+            let shape = vec![hidden.values.len() / hidden.width.max(1), hidden.width];
+            floats.push((name(hidden_name), shape, &hidden.values));
+        }
+        if !sequence.generated.is_empty() {
+            let shape = vec![sequence.generated.len(), vocab];
+            floats.push((name("generate_logits"), shape, &sequence.generated_rows));
+            ids.push((
+                name("generate_ids"),
+                sequence.generated.iter().map(|id| i64::from(*id)).collect(),
+            ));
+        }
+    }
+    let id_shapes: Vec<[usize; 1]> = ids.iter().map(|(_, ids)| [ids.len()]).collect();
+    let mut tensors: Vec<TensorToWrite<'_>> = floats
+        .iter()
+        .map(|(name, shape, values)| TensorToWrite {
+            name,
+            shape,
+            data: TensorData::F32(values),
+        })
+        .collect();
+    tensors.extend(
+        ids.iter()
+            .zip(&id_shapes)
+            .map(|((name, ids), shape)| TensorToWrite {
+                name,
+                shape,
+                data: TensorData::I64(ids),
+            }),
+    );
+    write_safetensors(out, &tensors, &[("format", "pt")])
+        .with_context(|| format!("writing {}", out.display()))
+}
+
+/// Collects the hidden states of a call, as f32 rows.
+#[derive(Default)]
+struct Recorder {
+    shown: BTreeMap<String, (Vec<f32>, usize)>,
+}
+
+impl Observer for Recorder {
+    fn wants(&self, name: &str) -> bool {
+        name.starts_with("hidden_")
+    }
+
+    fn observe(&mut self, name: &str, value: &Tensor) -> phi3::nn::Result<()> {
+        let width = value.dims().iter().skip(1).product();
+        let values = value.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        self.shown.insert(name.to_owned(), (values, width));
+        Ok(())
+    }
+}

@@ -1,0 +1,81 @@
+//! The model that a configuration asks for, by its `model_type`.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+use phi3_nn::rope::RopeParameters;
+use phi3_nn::{AttentionPattern, Backend, CacheSpec, CausalLm, ModelInfo, Weights};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// A checked configuration of any supported model.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum ModelConfig {
+    /// `phi3`: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini.
+    Phi3(phi_3_mini::Config),
+}
+
+impl ModelConfig {
+    /// Every `model_type` that can be built.
+    pub const MODEL_TYPES: [&'static str; 1] = ["phi3"];
+
+    /// Reads config.json and chooses the model.
+    ///
+    /// # Errors
+    /// [`Error::ModelType`] for a type that is not supported, [`Error::Model`] for a configuration
+    /// that no model can be built from.
+    pub fn from_json(config: &Value) -> Result<Self> {
+        match config.get("model_type").and_then(Value::as_str) {
+            Some("phi3") => Ok(Self::Phi3(phi_3_mini::Config::from_json(config)?)),
+            other => Err(Error::ModelType {
+                found: other.unwrap_or("(none)").to_owned(),
+                supported: Self::MODEL_TYPES.join(", "),
+            }),
+        }
+    }
+
+    /// Builds the model from its weights.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the tensor that is missing or does not fit.
+    pub fn build(&self, weights: Weights) -> Result<Arc<dyn CausalLm>> {
+        match self {
+            Self::Phi3(config) => Ok(Arc::new(phi_3_mini::Model::new(config, weights)?)),
+        }
+    }
+
+    /// What the model is.
+    pub fn info(&self) -> ModelInfo {
+        match self {
+            Self::Phi3(config) => config.info(),
+        }
+    }
+
+    /// Geometry of its caches, which tells their size.
+    pub fn cache_spec(&self, backend: Backend, dtype: DType) -> CacheSpec {
+        match self {
+            Self::Phi3(config) => config.cache_spec(backend, dtype),
+        }
+    }
+
+    /// Its rotary embedding.
+    pub fn rope(&self) -> &RopeParameters {
+        match self {
+            Self::Phi3(config) => &config.rope,
+        }
+    }
+
+    /// Query heads of a layer.
+    pub fn num_attention_heads(&self) -> usize {
+        match self {
+            Self::Phi3(config) => config.num_attention_heads,
+        }
+    }
+
+    /// What a query of each layer sees.
+    pub fn attention_patterns(&self) -> Vec<AttentionPattern> {
+        self.cache_spec(Backend::Kernels, DType::F32).patterns
+    }
+}

@@ -1,0 +1,49 @@
+//! What can go wrong between a model's name and its answer.
+
+/// Errors of this crate. Those of the crates below come through with their own messages.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The files could not be found, downloaded or read.
+    #[error(transparent)]
+    Hub(#[from] phi3_hub::Error),
+    /// The model could not be built or run.
+    #[error(transparent)]
+    Model(#[from] phi3_nn::Error),
+    /// Text could not be encoded, rendered, sampled or decoded.
+    #[error(transparent)]
+    Text(#[from] phi3_text::Error),
+    /// A `model_type` that this version cannot build.
+    #[error("model_type `{found}` is not supported; this version runs: {supported}")]
+    ModelType {
+        /// What config.json says.
+        found: String,
+        /// The supported types.
+        supported: String,
+    },
+    /// The context cannot be extended as asked.
+    #[error("cannot extend the context: {reason}")]
+    Extension {
+        /// Why not.
+        reason: String,
+    },
+    /// The checkpoint has weights but no tokenizer.
+    #[error(
+        "{origin} has no tokenizer (tokenizer.json, or a vocabulary in the GGUF file); token ids can still be used"
+    )]
+    NoTokenizer {
+        /// The checkpoint.
+        origin: String,
+    },
+    /// The checkpoint has no chat template.
+    #[error(
+        "{origin} has no chat template (chat_template.jinja, or `chat_template` in tokenizer_config.json); it can still continue a text"
+    )]
+    NoChatTemplate {
+        /// The checkpoint.
+        origin: String,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,247 @@
+//! A model, loaded: weights, tokenizer, chat template and stop ids in one value.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+use phi3_hub::{Checkpoint, HubOptions, Source};
+use phi3_nn::device::default_dtype;
+use phi3_nn::{CausalLm, DeviceSpec, Weights};
+use phi3_text::generate::{Completion, complete};
+use phi3_text::stop::stop_ids;
+use phi3_text::{ChatTemplate, Request, SamplingParams, SpecialTokens, Tokenizer};
+use serde_json::Value;
+
+use crate::auto::ModelConfig;
+use crate::chat::Chat;
+use crate::error::{Error, Result};
+use crate::extend::ContextExtension;
+
+/// How to load a model.
+#[derive(Clone, Default)]
+pub struct LoadOptions {
+    /// Where to run it.
+    pub device: DeviceSpec,
+    /// Dtype of dense weights and activations on a GPU; `None` chooses by device. The CPU always
+    /// computes in f32, on weights as they are stored.
+    pub dtype: Option<DType>,
+    /// Branch, tag or commit on the hub; `None` is `main`.
+    pub revision: Option<String>,
+    /// Runs a checkpoint without LongRoPE factors beyond its trained length.
+    pub extend: Option<ContextExtension>,
+    /// How to reach the hub; `None` follows the environment (`HF_HOME`, `HF_TOKEN`, …).
+    pub hub: Option<HubOptions>,
+}
+
+/// A model with everything that is needed to prompt it.
+pub struct LanguageModel {
+    model: Arc<dyn CausalLm>,
+    config: ModelConfig,
+    tokenizer: Option<Arc<Tokenizer>>,
+    template: Option<Arc<ChatTemplate>>,
+    stop_ids: Vec<u32>,
+    sampling: SamplingParams,
+    origin: String,
+}
+
+/// Loads a model from a repo id on the hub, a folder or a `.gguf` file, for the best device there is.
+///
+/// # Errors
+/// [`Error`] says what is missing or broken, and what to do.
+pub fn load(model: &str) -> Result<LanguageModel> {
+    load_with(model, &LoadOptions::default())
+}
+
+/// [`load`] with options.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with(model: &str, options: &LoadOptions) -> Result<LanguageModel> {
+    let source = Source::parse(model, options.revision.as_deref())?;
+    let checkpoint = match &options.hub {
+        Some(hub) => phi3_hub::open(&source, hub)?,
+        None => phi3_hub::open(&source, &HubOptions::from_env())?,
+    };
+    LanguageModel::from_checkpoint(&checkpoint, options)
+}
+
+impl LanguageModel {
+    /// Builds the model of an open checkpoint.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn from_checkpoint(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self> {
+        let config = match options.extend {
+            Some(extension) => ModelConfig::from_json(&extension.apply(&checkpoint.config)?)?,
+            None => ModelConfig::from_json(&checkpoint.config)?,
+        };
+        let device = options.device.open()?;
+        let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
+        let weights = Weights::new(Arc::clone(&checkpoint.weights), device, dtype);
+        let model = config.build(weights.clone())?;
+        for name in weights.unused() {
+            tracing::debug!(tensor = name, "not needed by this model");
+        }
+        let tokenizer = load_tokenizer(checkpoint)?;
+        let template = load_template(checkpoint, tokenizer.as_ref())?;
+        let stop_ids = match &tokenizer {
+            Some(tokenizer) => stop_ids(
+                checkpoint.generation_config.as_ref(),
+                Some(&checkpoint.config),
+                checkpoint
+                    .chat_template
+                    .as_ref()
+                    .map(|template| template.text.as_str()),
+                tokenizer,
+            )?,
+            None => Vec::new(),
+        };
+        Ok(Self {
+            model,
+            config,
+            tokenizer: tokenizer.map(Arc::new),
+            template: template.map(Arc::new),
+            stop_ids,
+            sampling: default_sampling(checkpoint.generation_config.as_ref()),
+            origin: checkpoint.origin.clone(),
+        })
+    }
+
+    /// The decoder itself.
+    pub fn model(&self) -> &Arc<dyn CausalLm> {
+        &self.model
+    }
+
+    /// Its checked configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The folder or file that it was loaded from.
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Its tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] if the checkpoint has none.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer {
+            origin: self.origin.clone(),
+        })
+    }
+
+    /// Its chat template.
+    ///
+    /// # Errors
+    /// [`Error::NoChatTemplate`] if the checkpoint has none.
+    pub fn chat_template(&self) -> Result<&Arc<ChatTemplate>> {
+        self.template.as_ref().ok_or_else(|| Error::NoChatTemplate {
+            origin: self.origin.clone(),
+        })
+    }
+
+    /// The ids that end a text: those of the generation config, the config and the chat template.
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    /// How the checkpoint wants its tokens chosen: greedily, unless its generation config says
+    /// `do_sample`.
+    pub fn default_sampling(&self) -> SamplingParams {
+        self.sampling.clone()
+    }
+
+    /// Continues `prompt` as plain text, without a chat template.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`], or [`Error::Text`] if the prompt is empty or too long.
+    pub fn complete(
+        &self,
+        prompt: &str,
+        sampling: SamplingParams,
+        max_new_tokens: usize,
+    ) -> Result<Completion> {
+        let tokenizer = self.tokenizer()?;
+        let mut request = Request::new(tokenizer.encode(prompt, true)?);
+        request.params = sampling;
+        request.max_new_tokens = max_new_tokens;
+        request.stop_ids.clone_from(&self.stop_ids);
+        request.continues_prompt = true;
+        let mut completions = complete(self.model.as_ref(), tokenizer, [request])?;
+        completions.pop().ok_or_else(|| Error::NoTokenizer {
+            origin: self.origin.clone(),
+        })
+    }
+
+    /// A new conversation.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] or [`Error::NoChatTemplate`] if the checkpoint cannot chat.
+    pub fn chat(&self) -> Result<Chat<'_>> {
+        Chat::new(self)
+    }
+}
+
+/// `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` of a generation
+/// config, with transformers' defaults.
+fn default_sampling(generation_config: Option<&Value>) -> SamplingParams {
+    let field = |name: &str| generation_config.and_then(|config| config.get(name));
+    let float = |name: &str| {
+        field(name)
+            .and_then(Value::as_f64)
+            .map(|value| value as f32)
+    };
+    let repetition_penalty = float("repetition_penalty").unwrap_or(1.0);
+    if field("do_sample").and_then(Value::as_bool) != Some(true) {
+        return SamplingParams {
+            repetition_penalty,
+            ..SamplingParams::greedy()
+        };
+    }
+    let top_k = field("top_k").map_or(Some(50), Value::as_u64);
+    SamplingParams {
+        temperature: float("temperature").unwrap_or(1.0),
+        top_k: top_k
+            .filter(|k| *k > 0)
+            .and_then(|k| usize::try_from(k).ok()),
+        top_p: float("top_p").filter(|p| *p < 1.0),
+        min_p: float("min_p"),
+        repetition_penalty,
+        ..SamplingParams::default()
+    }
+}
+
+/// The tokenizer of a checkpoint, if it has one.
+///
+/// # Errors
+/// [`Error::Text`] if its files are broken.
+pub fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
+    let files = &checkpoint.tokenizer;
+    match &files.tokenizer_json {
+        Some(json) => Ok(Some(Tokenizer::from_json(
+            json,
+            files.tokenizer_config.as_ref(),
+        )?)),
+        None => Ok(None),
+    }
+}
+
+/// The chat template of a checkpoint, if it has one.
+///
+/// # Errors
+/// [`Error::Text`] if it does not parse.
+pub fn load_template(
+    checkpoint: &Checkpoint,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Option<ChatTemplate>> {
+    let Some(source) = &checkpoint.chat_template else {
+        return Ok(None);
+    };
+    let tokens = match (tokenizer, &checkpoint.tokenizer.tokenizer_config) {
+        (Some(tokenizer), _) => tokenizer.special_tokens().clone(),
+        (None, Some(config)) => SpecialTokens::from_config(config),
+        (None, None) => SpecialTokens::default(),
+    };
+    Ok(Some(ChatTemplate::parse(&source.text, tokens)?))
+}
