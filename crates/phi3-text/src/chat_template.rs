@@ -33,7 +33,7 @@ pub use message::{Content, Message, Part};
 /// let template = ChatTemplate::parse(source, SpecialTokens::default())?;
 /// assert_eq!(
 ///     template.render(&[Message::user("Hi")], true)?,
-///     "<|user|>\nHi<|end|>\n<|assistant|>"
+///     "<|user|>\nHi<|end|>\n<|assistant|>\n"
 /// );
 /// # Ok::<(), phi3_text::Error>(())
 /// ```

@@ -291,4 +291,6 @@ fn rows_of(logits: &Tensor) -> Result<Vec<Vec<f32>>> {
 }
 
 #[cfg(test)]
+mod fake;
+#[cfg(test)]
 mod tests;
