@@ -86,8 +86,9 @@ mod tests {
     use proptest::prelude::*;
     use proptest::sample::select;
 
-    /// Error of an f32 sum of products, relative to the sum of their magnitudes, in any order.
-    const MATMUL_TOLERANCE: f64 = 2e-6;
+    /// Error of an f32 sum of products, relative to the sum of their magnitudes; measured 1.3e-7
+    /// with either backend.
+    const MATMUL_TOLERANCE: f64 = 5e-7;
 
     /// Values of either sign from subnormal to huge, zeros among them.
     fn activations(random: &mut Random, len: usize) -> Vec<f32> {

@@ -1,6 +1,9 @@
 //! The environment variables that steer the kernels.
 
+use std::ffi::OsString;
 use std::fmt;
+
+use crate::dispatch::{self, Backend};
 
 /// An environment variable with a value that means nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,38 +38,72 @@ pub fn check_environment() -> Result<(), EnvironmentError> {
 
 /// `PHI3_THREADS`.
 pub(crate) fn threads() -> Result<Option<usize>, EnvironmentError> {
-    read("PHI3_THREADS", "a positive number of threads", |value| {
-        value.trim().parse().ok().filter(|n| *n > 0)
-    })
+    parse_threads(std::env::var_os(THREADS))
 }
 
 /// `PHI3_KERNELS`.
-pub(crate) fn backend() -> Result<Option<crate::dispatch::Backend>, EnvironmentError> {
-    read(
-        "PHI3_KERNELS",
-        "a backend that this processor has (scalar is on all)",
-        |value| {
-            let mut available = crate::dispatch::available().into_iter();
-            available.find(|b| b.name().eq_ignore_ascii_case(value.trim()))
-        },
-    )
+pub(crate) fn backend() -> Result<Option<Backend>, EnvironmentError> {
+    parse_backend(std::env::var_os(KERNELS))
 }
 
-fn read<T>(
+const THREADS: &str = "PHI3_THREADS";
+const KERNELS: &str = "PHI3_KERNELS";
+
+fn parse_threads(value: Option<OsString>) -> Result<Option<usize>, EnvironmentError> {
+    parse(THREADS, value, "a positive number of threads", |value| {
+        value.parse().ok().filter(|n| *n > 0)
+    })
+}
+
+fn parse_backend(value: Option<OsString>) -> Result<Option<Backend>, EnvironmentError> {
+    let expected = "scalar, or a backend that this processor has";
+    parse(KERNELS, value, expected, |value| {
+        let mut available = dispatch::available().into_iter();
+        available.find(|b| b.name().eq_ignore_ascii_case(value))
+    })
+}
+
+/// An unset and an empty variable are the same: no wish.
+fn parse<T>(
     variable: &'static str,
+    value: Option<OsString>,
     expected: &'static str,
     parse: impl Fn(&str) -> Option<T>,
 ) -> Result<Option<T>, EnvironmentError> {
-    let Some(value) = std::env::var_os(variable).filter(|v| !v.is_empty()) else {
+    let Some(value) = value.filter(|v| !v.is_empty()) else {
         return Ok(None);
     };
-    value
-        .to_str()
-        .and_then(parse)
-        .map(Some)
-        .ok_or_else(|| EnvironmentError {
-            variable,
-            value: value.to_string_lossy().into_owned(),
-            expected,
-        })
+    let parsed = value.to_str().and_then(|v| parse(v.trim()));
+    parsed.map(Some).ok_or_else(|| EnvironmentError {
+        variable,
+        value: value.to_string_lossy().into_owned(),
+        expected,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_mean_nothing_are_named() {
+        let threads = |v: &str| parse_threads(Some(v.into()));
+        assert_eq!(parse_threads(None), Ok(None));
+        assert_eq!(threads(""), Ok(None));
+        assert_eq!(threads(" 3 "), Ok(Some(3)));
+        for value in ["0", "-1", "two", "1.5"] {
+            let message = threads(value).unwrap_err().to_string();
+            assert_eq!(
+                message,
+                format!(
+                    "environment variable PHI3_THREADS: expected a positive number of threads, \
+                     found {value:?}"
+                )
+            );
+        }
+
+        let backend = |v: &str| parse_backend(Some(v.into())).map(|b| b.map(Backend::name));
+        assert_eq!(backend("Scalar"), Ok(Some("scalar")));
+        assert!(backend("sse9").unwrap_err().to_string().contains("sse9"));
+    }
 }

@@ -6,6 +6,8 @@ use crate::{BlockType, MatrixRef, ShapeError, dispatch, scalar, threads};
 const DECODE_WORK: usize = 2;
 /// Work of one exponential and what surrounds it, in multiply-adds.
 const EXP_WORK: usize = 16;
+/// Rows that a thread takes are a multiple of this, so that no backend's register block is cut.
+const ROW_MULTIPLE: usize = 8;
 
 /// Decodes whole blocks of `bytes` to `out.len()` weights.
 ///
@@ -111,17 +113,17 @@ pub fn matmul(
         .rows()
         .saturating_mul(cols)
         .saturating_mul(n + DECODE_WORK);
+    let part_rows = threads::chunk_len(rows, work).next_multiple_of(ROW_MULTIPLE);
     if n == 1 {
         let out = &mut out[out_offset..][..rows];
-        threads::for_each_part(out, 1, work, |first_row, out| {
-            backend.matmul_rows(x, 1, w, first_row, out);
+        threads::for_each_chunk(out, part_rows, |i, out| {
+            backend.matmul_rows(x, 1, w, i * part_rows, out);
         });
         return;
     }
 
     // A thread has some rows of the matrix and so some columns of the output, which safe code
     // cannot hand out: each fills a part `[n, part_rows]` of its own, brought home afterwards.
-    let part_rows = threads::chunk_len(rows, work);
     let mut parts = vec![0.0; n * rows];
     threads::for_each_chunk(&mut parts, n * part_rows, |i, part| {
         backend.matmul_rows(x, n, w, i * part_rows, part);

@@ -15,6 +15,9 @@ const MIN_PARALLEL_WORK: usize = 1 << 16;
 /// Tasks for each thread, so that a thread that lost its core for a while is not waited for.
 const TASKS_PER_THREAD: usize = 4;
 
+/// More threads than processors have cores; beyond it, starting them is the only effect.
+const MAX_THREADS: usize = 1024;
+
 struct Pool {
     threads: usize,
     /// `None` where threads cannot be made: the caller does all work.
@@ -23,10 +26,11 @@ struct Pool {
 
 static POOL: RwLock<Option<Arc<Pool>>> = RwLock::new(None);
 
-/// Sets the number of threads that kernels use, 0 for the default ([`num_threads`]). Takes
-/// effect for operations that start afterwards, also when a pool of another size exists.
+/// Sets the number of threads that kernels use, at most 1024; 0 for the default
+/// ([`num_threads`]). Takes effect for operations that start afterwards, also when a pool of
+/// another size exists. Where the system refuses to start threads, the caller does all work.
 pub fn set_num_threads(n: usize) {
-    let n = if n == 0 { default_threads() } else { n };
+    let n = if n == 0 { default_threads() } else { n }.min(MAX_THREADS);
     let mut pool = POOL.write().unwrap_or_else(PoisonError::into_inner);
     if pool.as_ref().is_none_or(|p| p.threads != n) {
         *pool = Some(Arc::new(Pool::new(n)));
@@ -83,7 +87,7 @@ pub(crate) fn for_each_chunk(out: &mut [f32], len: usize, f: impl Fn(usize, &mut
 /// How many of `items` equal pieces of `work` one task takes.
 pub(crate) fn chunk_len(items: usize, work: usize) -> usize {
     let pool = pool();
-    if pool.threads == 1 || pool.rayon.is_none() || work < MIN_PARALLEL_WORK {
+    if pool.threads == 1 || work < MIN_PARALLEL_WORK {
         return items;
     }
     let tasks = (pool.threads * TASKS_PER_THREAD).min(work / (MIN_PARALLEL_WORK / 4));
@@ -106,6 +110,7 @@ impl Pool {
             .thread_name(|i| format!("phi3-kernels-{i}"))
             .build()
             .ok();
+        let threads = if rayon.is_some() { threads } else { 1 };
         Pool { threads, rayon }
     }
 }
@@ -120,6 +125,7 @@ fn default_threads() -> usize {
                 let usable = std::thread::available_parallelism().map_or(1, usize::from);
                 physical_cores().map_or(usable, |cores| cores.min(usable))
             })
+            .min(MAX_THREADS)
     })
 }
 
