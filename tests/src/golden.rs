@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use phi3_kernels::BlockType;
 use phi3_nn::{MemorySource, StoredTensor, Weights};
@@ -104,6 +104,23 @@ impl Kit {
             device.clone(),
             DType::F32,
         ))
+    }
+
+    /// Every weight with its shape and f32 bytes.
+    ///
+    /// # Errors
+    /// If the file is malformed, or a weight is not f32.
+    pub fn f32_tensors(&self) -> Result<Vec<(String, Vec<usize>, Vec<u8>)>> {
+        let mut tensors = Vec::new();
+        for (name, view) in SafeTensors::deserialize(&self.weights)?.tensors() {
+            ensure!(
+                view.dtype() == Dtype::F32,
+                "weight `{name}` is {:?}",
+                view.dtype()
+            );
+            tensors.push((name, view.shape().to_vec(), view.data().to_vec()));
+        }
+        Ok(tensors)
     }
 
     /// Case names, sorted.
