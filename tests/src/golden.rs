@@ -19,6 +19,9 @@ pub enum Golden {
     Floats(Vec<f32>, Vec<usize>),
 }
 
+/// Name, shape and little-endian f32 bytes.
+pub type F32Tensor = (String, Vec<usize>, Vec<u8>);
+
 /// A checkpoint folder with `golden.safetensors` beside its weights.
 pub struct Kit {
     /// config.json.
@@ -110,7 +113,7 @@ impl Kit {
     ///
     /// # Errors
     /// If the file is malformed, or a weight is not f32.
-    pub fn f32_tensors(&self) -> Result<Vec<(String, Vec<usize>, Vec<u8>)>> {
+    pub fn f32_tensors(&self) -> Result<Vec<F32Tensor>> {
         let mut tensors = Vec::new();
         for (name, view) in SafeTensors::deserialize(&self.weights)?.tensors() {
             ensure!(

@@ -10,7 +10,7 @@ use phi3_hub::gguf::{Error, GgufFile, Value, Writer};
 use phi3_kernels::BlockType;
 use phi3_nn::{StoredTensor, Weights};
 use phi3_tests::fixtures;
-use phi3_tests::golden::Kit;
+use phi3_tests::golden::{F32Tensor, Kit};
 use phi3_tests::runner::check_kit;
 use serde_json::Value as Json;
 
@@ -25,8 +25,8 @@ enum Spelling {
     Llama,
 }
 
-/// Tensors in file order: name, shape, f32 bytes.
-type Tensors = Vec<(String, Vec<usize>, Vec<u8>)>;
+/// Tensors in file order.
+type Tensors = Vec<F32Tensor>;
 
 fn number(config: &Json, key: &str) -> Result<usize> {
     let value = config[key].as_u64().with_context(|| key.to_owned())?;

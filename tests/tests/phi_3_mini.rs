@@ -13,13 +13,15 @@ use phi3_tests::parity::{assert_close, step};
 use phi3_tests::runner::{check_contract, check_kit};
 use phi3_tests::{fixtures, kit};
 
-const FIXTURES: [&str; 6] = [
+const FIXTURES: [&str; 8] = [
     "phi3-mini-4k",
     "phi3-mini-4k-window",
     "phi3-mini-128k-longrope",
     "phi3-medium-4k",
     "phi3-medium-128k",
     "phi4-mini",
+    "phi3-other",
+    "phi3-other-longrope",
 ];
 
 /// Largest difference that rounding the f32 weights of phi3-mini-4k to f16 makes, as a share of the
