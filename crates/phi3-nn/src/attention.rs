@@ -8,7 +8,7 @@ use phi3_kernels::AttentionShape;
 
 use crate::error::{Error, Result};
 use crate::host;
-use crate::kv_cache::LayerView;
+use crate::layer_cache::LayerView;
 use crate::packed::Packed;
 
 /// Which keys a query sees. A query at position i always sees itself and never what comes after.
@@ -74,6 +74,12 @@ pub fn attention(
         let tracked = q.track_op() || k.track_op() || v.track_op();
         let out = if tracked {
             // Training: one pass over whole sequences, with gradients and without a cache.
+            if sequence.start > 0 {
+                return Err(Error::Batch(
+                    "a pass that tracks gradients must hold its sequences from their first token"
+                        .to_owned(),
+                ));
+            }
             let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
             attend_with_candle(&q, &k, &v, 0, 0, params)?
         } else {

@@ -70,10 +70,8 @@ impl DeviceSpec {
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Auto if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
-            Self::Auto if cfg!(feature = "metal") => {
-                Ok(Device::new_metal(0).unwrap_or(Device::Cpu))
-            }
+            Self::Auto if cfg!(feature = "cuda") => Ok(or_cpu(Device::new_cuda(0))),
+            Self::Auto if cfg!(feature = "metal") => Ok(or_cpu(Device::new_metal(0))),
             Self::Auto => Ok(Device::Cpu),
             Self::Cuda(_) if !cfg!(feature = "cuda") => Err(self.missing_feature("cuda")),
             Self::Metal if !cfg!(feature = "metal") => Err(self.missing_feature("metal")),
@@ -97,6 +95,13 @@ impl DeviceSpec {
             reason: format!("it cannot be opened ({error}); use --device cpu"),
         }
     }
+}
+
+fn or_cpu(device: candle_core::Result<Device>) -> Device {
+    device.unwrap_or_else(|error| {
+        tracing::info!("no GPU can be opened ({error}); using the CPU");
+        Device::Cpu
+    })
 }
 
 /// The dtype of dense weights and activations where the user names none: f32 on the CPU, bf16 on

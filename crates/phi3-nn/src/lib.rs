@@ -13,6 +13,7 @@ pub mod embedding;
 pub mod error;
 mod host;
 pub mod kv_cache;
+mod layer_cache;
 pub mod linear;
 pub mod mlp;
 pub mod norm;
