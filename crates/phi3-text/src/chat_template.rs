@@ -5,8 +5,7 @@
 //! `tojson` that leaves non-ASCII text and HTML alone, and Python's ways of printing values; so
 //! does [`ChatTemplate`]. Loops, recursion and output of a template are limited.
 //!
-//! Two differences are deliberate: `strftime_now` gives UTC, and `~` writes `true` and `none` where
-//! Python writes `True` and `None`.
+//! One difference is deliberate: `strftime_now` gives UTC.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,6 +17,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::tokenizer::SpecialTokens;
 
+mod guard;
 mod limits;
 mod message;
 mod python;
@@ -91,7 +91,7 @@ impl ChatTemplate {
                 limit: format!("{} bytes of source", limits::MAX_SOURCE),
             });
         }
-        let guarded = limits::guard_source(source);
+        let guarded = guard::guard_source(source);
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);

@@ -2,9 +2,8 @@
 //!
 //! The engine counts instructions and depth. Three things it does not count are added here:
 //! text written (also into a captured block), strings and lists that double through `~`, `+` or a
-//! filter, and filter arguments that ask for huge repetitions. For the second, [`guard_source`]
-//! puts the checking filter [`GUARD`] between a value and every `~`, `+`, `*` and filter that takes
-//! it; line numbers stay as they are.
+//! filter (checked by filters that [`super::guard`] puts in), and filter arguments that ask for
+//! huge repetitions.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -31,7 +30,9 @@ const MAX_LITERAL: usize = 512 << 20;
 const MAX_RECURSION: usize = 150;
 
 /// Name of the checking filter.
-const GUARD: &str = "__guard";
+pub(super) const GUARD: &str = "__guard";
+/// Name of the filter that also turns its value into text.
+pub(super) const TEXT: &str = "__text";
 
 /// Marks an error of this module, so that it is told apart from the engine's.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +94,7 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
             .map_err(|_| Error::from(ErrorKind::WriteFailure))
     });
     env.add_filter(GUARD, guard);
+    env.add_filter(TEXT, text);
     env.add_filter("string", python::to_str);
     macro_rules! checked {
         ($($name:literal => $filter:path),*) => {$(
@@ -108,8 +110,29 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
         "slice" => filters::slice,
         "indent" => filters::indent,
         "format" => filters::format,
-        "join" => filters::join,
-        "replace" => filters::replace
+        "join" => filters::join
+    }
+    // Jinja's text filters take any value as the text that Python makes of it.
+    macro_rules! of_text {
+        ($($name:literal => $filter:path),*) => {$(
+            env.add_filter(concat!("__", $name), $filter);
+            env.add_filter($name, |state: &State, args: Rest<Value>| {
+                let mut args = args.to_vec();
+                if let Some(value) = args.first_mut() {
+                    *value = text(state, value.clone())?;
+                }
+                check_arguments($name, &args)?;
+                state.apply_filter(concat!("__", $name), &args)
+            });
+        )*};
+    }
+    of_text! {
+        "replace" => filters::replace,
+        "trim" => filters::trim,
+        "upper" => filters::upper,
+        "lower" => filters::lower,
+        "title" => filters::title,
+        "capitalize" => filters::capitalize
     }
 }
 
@@ -166,6 +189,14 @@ fn guard(state: &State, value: Value) -> Result<Value, Error> {
     Ok(value)
 }
 
+/// As [`guard`], and gives text: Python's for anything that is not a string.
+fn text(state: &State, value: Value) -> Result<Value, Error> {
+    match value.as_str() {
+        Some(_) => guard(state, value),
+        None => guard(state, Value::from(python::to_str(&value)?)),
+    }
+}
+
 /// Refuses arguments (the value itself first) that make a filter or method write without bound.
 fn check_arguments(name: &str, args: &[Value]) -> Result<(), Error> {
     let len = |value: Option<&Value>| value.and_then(Value::as_str).map_or(0, str::len);
@@ -217,182 +248,5 @@ fn check_arguments(name: &str, args: &[Value]) -> Result<(), Error> {
             check_len(total.saturating_mul(text.matches(['%', '{']).count().max(1)))
         }
         _ => Ok(()),
-    }
-}
-
-/// A template source with the checking filter put in.
-pub(super) struct Guarded {
-    pub(super) source: String,
-    /// Longest stretch of text outside tags, in bytes.
-    pub(super) literal: usize,
-}
-
-/// Puts the checking filter into a template, and makes transformers' `{% generation %}` blocks,
-/// which only mark text for training, plain blocks.
-pub(super) fn guard_source(source: &str) -> Guarded {
-    let mut out = String::with_capacity(source.len() * 2);
-    // The longest stretch of literal text, and the current one: only a tag ends it for certain.
-    let (mut literal, mut stretch) = (0, 0);
-    let mut rest = source;
-    while let Some(start) = rest.find('{') {
-        let (text, tag) = rest.split_at(start);
-        stretch += text.len();
-        literal = literal.max(stretch);
-        out.push_str(text);
-        let close = match tag.as_bytes().get(1) {
-            Some(b'{') => "}}",
-            Some(b'%') => "%}",
-            Some(b'#') => "#}",
-            _ => {
-                stretch += 1;
-                out.push('{');
-                rest = tag.get(1..).unwrap_or_default();
-                continue;
-            }
-        };
-        if close == "#}" {
-            let end = tag.find(close).map_or(tag.len(), |at| at + 2);
-            let (comment, behind) = tag.split_at(end);
-            out.push_str(comment);
-            rest = behind;
-            continue;
-        }
-        let end = expression_end(tag, close);
-        let (tag, behind) = tag.split_at(end);
-        rest = behind;
-        let inner = tag
-            .get(2..)
-            .and_then(|tag| tag.strip_suffix(close))
-            .unwrap_or_default();
-        let word = inner.trim_matches(['-', '+']).trim();
-        if close == "%}" && word == "raw" {
-            // Up to its end a raw block is text.
-            let end = raw_end(rest);
-            let (raw, behind) = rest.split_at(end);
-            stretch += raw.len();
-            literal = literal.max(stretch);
-            out.push_str(tag);
-            out.push_str(raw);
-            rest = behind;
-            continue;
-        }
-        if word != "endraw" {
-            stretch = 0;
-        }
-        match word {
-            "generation" if close == "%}" => out.push_str(&tag.replace(word, "if true")),
-            "endgeneration" if close == "%}" => out.push_str(&tag.replace(word, "endif")),
-            _ => guard_expression(tag, &mut out),
-        }
-    }
-    literal = literal.max(stretch + rest.len());
-    out.push_str(rest);
-    Guarded {
-        source: out,
-        literal,
-    }
-}
-
-/// Where the tag that `text` starts with ends, string literals skipped.
-fn expression_end(text: &str, close: &str) -> usize {
-    let bytes = text.as_bytes();
-    let mut at = 2;
-    while at < bytes.len() {
-        match bytes.get(at) {
-            Some(&quote @ (b'"' | b'\'')) => at = string_end(bytes, at, quote),
-            _ if bytes
-                .get(at..)
-                .is_some_and(|rest| rest.starts_with(close.as_bytes())) =>
-            {
-                return at + 2;
-            }
-            _ => at += 1,
-        }
-    }
-    bytes.len()
-}
-
-fn string_end(bytes: &[u8], start: usize, quote: u8) -> usize {
-    let mut at = start + 1;
-    while let Some(&byte) = bytes.get(at) {
-        match byte {
-            b'\\' => at += 2,
-            _ if byte == quote => return at + 1,
-            _ => at += 1,
-        }
-    }
-    bytes.len()
-}
-
-/// Where the `{% endraw %}` of a raw block starts.
-fn raw_end(text: &str) -> usize {
-    let mut from = 0;
-    while let Some(found) = text.get(from..).and_then(|rest| rest.find("{%")) {
-        let at = from + found;
-        let tag = text.get(at + 2..).unwrap_or_default();
-        if tag
-            .trim_start_matches(['-', '+'])
-            .trim_start()
-            .starts_with("endraw")
-        {
-            return at;
-        }
-        from = at + 2;
-    }
-    text.len()
-}
-
-/// Copies a tag, with the checking filter before each `~`, `+` and `*` between two operands and
-/// behind each `|`.
-fn guard_expression(tag: &str, out: &mut String) {
-    let bytes = tag.as_bytes();
-    // Whether what came last is a whole operand, and whether the last word was `is` or `is not`,
-    // behind which a name is a test and takes no filter.
-    let (mut operand, mut test) = (false, false);
-    let mut at = 0;
-    while let Some(&byte) = bytes.get(at) {
-        let start = at;
-        match byte {
-            b'"' | b'\'' => {
-                at = string_end(bytes, at, byte);
-                (operand, test) = (true, false);
-            }
-            b'a'..=b'z' | b'A'..=b'Z' | b'_' | b'0'..=b'9' | 0x80.. => {
-                while bytes.get(at).is_some_and(|byte| {
-                    byte.is_ascii_alphanumeric() || *byte == b'_' || *byte >= 0x80
-                }) {
-                    at += 1;
-                }
-                let word = tag.get(start..at).unwrap_or_default();
-                let is_keyword = matches!(word, "and" | "or" | "not" | "in" | "is" | "if" | "else");
-                operand = !is_keyword && !test;
-                test = word == "is" || (test && word == "not");
-            }
-            b')' | b']' | b'}' => {
-                at += 1;
-                (operand, test) = (true, false);
-            }
-            b'~' | b'+' | b'*' => {
-                let closes = matches!(bytes.get(at + 1), Some(b'%' | b'}'));
-                if operand && !closes {
-                    out.push_str(&format!("|{GUARD} "));
-                }
-                while bytes.get(at) == Some(&byte) {
-                    at += 1;
-                }
-                operand = false;
-            }
-            b'|' => {
-                at += 1;
-                out.push_str(&format!("|{GUARD}"));
-                operand = false;
-            }
-            _ if byte.is_ascii_whitespace() => at += 1,
-            _ => {
-                at += 1;
-                operand = false;
-            }
-        }
-        out.push_str(tag.get(start..at).unwrap_or_default());
     }
 }

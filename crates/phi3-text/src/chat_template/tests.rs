@@ -167,6 +167,32 @@ fn python_shows_through() {
             "a['Hi']",
         ),
         ("{{ '%s-%d' | format('a', 3) }}", "a-3"),
+        ("{{ true ~ none ~ 1.0 ~ [1, 'a'] }}", "TrueNone1.0[1, 'a']"),
+        ("{{ 'a' ~ 2 * 3 ~ -1 ~ 7 % 4 ~ 'b' + 'c' }}", "a6-13bc"),
+        (
+            "{{ -1 ~ 2 }}{{ 2 * 2 ~ true }}{{ 'x' ~ y is defined }}{{ not 'x' ~ none }}",
+            "-124TruexFalseFalse",
+        ),
+        (
+            "{{ ('a' ~ none) ~ {'k': true ~ 'v'}['k'] ~ [none ~ 1][0] }}",
+            "aNoneTruevNone1",
+        ),
+        (
+            "{{ 'a' ~ true if true else 'b' ~ false }}{{ 'x' ~ none == 'xNone' }}",
+            "aTrueTrue",
+        ),
+        (
+            "{{- 'a' ~ true -}}{{ [true] | trim }}{{ none | upper }}{% set x = 'n' ~ none %}{{ x }}",
+            "aTrue[True]NONEnNone",
+        ),
+        (
+            "{% for c in 'a' ~ true %}{{ c }}.{% endfor %}{{ 'a' ~ true | lower ~ 'b' }}",
+            "a.T.r.u.e.atrueb",
+        ),
+        (
+            "{{ missing ~ 'x' ~ messages[0].nope }}{{ 7 // 2 ~ 2 ** 3 }}",
+            "x38",
+        ),
     ] {
         assert_eq!(rendered(source), expected, "{source}");
     }
@@ -318,6 +344,9 @@ fn hostile_templates_end_with_an_error() {
         doubling("{% set ns.l = (ns.l + ns.l) | list %}"),
         doubling("{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l }}",
         doubling("{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l | tojson }}",
+        doubling("{% set ns.l = [ns.l, ns.l] %}") + "{% set x = '' ~ ns.l %}",
+        doubling("{% set ns.l = [ns.l, ns.l] %}") + "{% set x = ns.l ~ '' %}",
+        doubling("{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l | trim }}{{ ns.l | string }}",
         doubling("{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}"),
         format!("{{% set x %}}{{% for i in range(99999) %}}{literal}{{% endfor %}}{{% endset %}}"),
         format!("{{% set x %}}{{% for i in range(99999) %}}{}{{% endfor %}}{{% endset %}}", "{x".repeat(100_000)),
