@@ -88,7 +88,10 @@ pub(crate) fn attend_rows(
         let values = &values[visible.start * d..visible.end * d];
 
         weights.clear();
-        weights.extend(keys.chunks_exact(d).map(|k| dot(q, k) * shape.scale));
+        weights.resize(visible.len(), 0.0);
+        for (weight, k) in weights.iter_mut().zip(keys.chunks_exact(d)) {
+            *weight = dot(q, k) * shape.scale;
+        }
         let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = 0.0;
         for weight in &mut weights {

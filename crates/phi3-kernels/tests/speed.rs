@@ -10,7 +10,9 @@
 use std::time::Instant;
 
 use phi3_kernels::testing::{self, Random};
-use phi3_kernels::{BlockType, MatrixRef, backend_name, matmul, num_threads};
+use phi3_kernels::{
+    AttentionShape, BlockType, MatrixRef, attend, backend_name, matmul, num_threads,
+};
 
 /// (rows, cols, how many) of SmolLM2-135M's fused matrices and its tied head.
 const SMOLLM2: [(usize, usize, usize); 5] = [
@@ -39,6 +41,37 @@ fn seconds_of_wide_matrices() {
     println!("{} on {} threads", backend_name(), num_threads());
     for block_type in BlockType::ALL {
         measure(block_type, &[(3072, 3072, 10)]);
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn attention_of_one_head() {
+    println!("{} on {} threads", backend_name(), num_threads());
+    for (l, s, head_dim) in [(512, 512, 64), (1, 4096, 64), (512, 512, 96), (1, 4096, 96)] {
+        let mut random = Random(1);
+        let q = random.units(l * head_dim);
+        let (keys, values) = (random.units(s * head_dim), random.units(s * head_dim));
+        let shape = AttentionShape {
+            head_dim,
+            q_start: s - l,
+            k_start: 0,
+            window: None,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+        };
+        let mut out = vec![0.0; q.len()];
+        let mut seconds: Vec<f64> = (0..21)
+            .map(|_| {
+                let start = Instant::now();
+                attend(&q, &keys, &values, shape, &mut out);
+                start.elapsed().as_secs_f64()
+            })
+            .collect();
+        seconds.sort_by(f64::total_cmp);
+        println!(
+            "{l} queries, {s} keys of {head_dim}: {:.3} ms",
+            seconds[10] * 1e3
+        );
     }
 }
 
