@@ -15,15 +15,15 @@ use super::python;
 /// Longest template, in bytes.
 pub(super) const MAX_SOURCE: usize = 1 << 20;
 /// Longest rendering, and longest string on the way to it, in bytes.
-pub(super) const MAX_TEXT: usize = 32 << 20;
+pub(super) const MAX_TEXT: usize = 16 << 20;
 /// Longest list.
 const MAX_ITEMS: usize = 1 << 20;
 /// Bytes that all guarded strings of one rendering may have together.
-const MAX_TOTAL: usize = 1 << 30;
+const MAX_TOTAL: usize = 512 << 20;
 /// Largest number that a filter takes as a width or count.
 pub(super) const MAX_NUMBER: usize = 10_000;
 /// Instructions of one rendering: real templates use some hundred for each message.
-const MAX_INSTRUCTIONS: usize = 2_000_000;
+const MAX_INSTRUCTIONS: usize = 1_000_000;
 /// Bytes of literal text that all instructions together could write into a captured block.
 const MAX_LITERAL: usize = 512 << 20;
 /// Nested calls of macros and loops.

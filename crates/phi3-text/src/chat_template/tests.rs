@@ -382,7 +382,7 @@ fn limits_are_named_as_such() {
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "{% for i in range(99999) %}{{ messages }}{{ messages }}{{ messages }}{{ messages }}{{ messages }}{% endfor %}",
+        "{% set x = 'x' * 1000000 %}{% for i in range(99) %}{{ x }}{% endfor %}",
         &format!(
             "{{% for i in range(99999) %}}{}{{% endfor %}}",
             "x".repeat(500)
