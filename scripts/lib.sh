@@ -50,7 +50,7 @@ need_rust() {
 
 # need_python_venv FOLDER: a virtual environment with pip.
 need_python_venv() {
-  [ -x "$1/bin/pip" ] && return
+  "$1/bin/python" -m pip --version >/dev/null 2>&1 && return
   rm -rf "$1"
   have python3 || install_packages python3 python3-venv
   # Debian's python3 alone cannot put pip into an environment.
