@@ -48,22 +48,29 @@ pub struct CacheSpec {
 }
 
 impl CacheSpec {
-    /// Bytes of keys and values that a sequence of `len` tokens holds at most.
+    /// Bytes of keys and values that a sequence of `len` tokens holds at most; the largest `usize`
+    /// where a configuration without weights to it asks for more.
     pub fn bytes_at(&self, len: usize) -> usize {
         let dtype = match self.backend {
             Backend::Kernels => DType::F32,
             Backend::Candle => self.dtype,
         };
-        let per_position = 2 * self.num_key_value_heads * self.head_dim * dtype.size_in_bytes();
+        let per_position = [
+            self.num_key_value_heads,
+            self.head_dim,
+            dtype.size_in_bytes(),
+        ]
+        .into_iter()
+        .fold(2, usize::saturating_mul);
         let positions: usize = self
             .patterns
             .iter()
             .map(|pattern| match pattern.window() {
-                Some(window) => len.min(window - 1 + window_slack(window)),
+                Some(window) => len.min((window - 1).saturating_add(window_slack(window))),
                 None => len,
             })
-            .sum();
-        positions * per_position
+            .fold(0, usize::saturating_add);
+        positions.saturating_mul(per_position)
     }
 
     /// How many of a sequence's first inputs the cache must keep to be able to rebuild itself.

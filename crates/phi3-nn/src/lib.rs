@@ -8,6 +8,7 @@
 
 pub mod attention;
 pub mod causal_lm;
+pub mod config;
 pub mod device;
 pub mod embedding;
 pub mod error;

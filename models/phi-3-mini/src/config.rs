@@ -82,9 +82,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] naming the field that is missing, malformed or unsupported.
     pub fn from_json(config: &serde_json::Value) -> Result<Self> {
-        RawConfig::deserialize(config)
-            .map_err(Error::config)?
-            .try_into()
+        phi3_nn::config::from_json::<RawConfig>(config)?.try_into()
     }
 
     /// What a caller may want to know of the model.
@@ -133,8 +131,14 @@ impl TryFrom<RawConfig> for Config {
             ("vocab_size", raw.vocab_size),
             ("max_position_embeddings", raw.max_position_embeddings),
         ] {
-            // The bound is far above any model and keeps every product of two within usize.
-            if value == 0 || value > 1 << 28 {
+            // The bounds are far above any model. They keep every product of two within usize, and
+            // what is allocated per layer before any weight is read small.
+            let limit = if name == "num_hidden_layers" {
+                1 << 16
+            } else {
+                1 << 28
+            };
+            if value == 0 || value > limit {
                 return Err(Error::config(format!(
                     "{name} is {value}, which is no model's"
                 )));
