@@ -1,6 +1,7 @@
 //! The tensors of a GGUF file by their Hugging Face names, straight from its bytes.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use phi3_kernels::BlockType;
@@ -25,7 +26,13 @@ impl TensorSource for GgufSource {
         name: &str,
     ) -> std::result::Result<Option<StoredTensor>, Box<dyn std::error::Error + Send + Sync>> {
         match self.recipes.get(name) {
-            Some(recipe) => Ok(Some(self.assemble(name, recipe)?)),
+            Some(recipe) => match self.assemble(name, recipe) {
+                Ok(tensor) => Ok(Some(tensor)),
+                Err(source) => Err(Box::new(crate::Error::Gguf {
+                    path: PathBuf::from(&self.origin),
+                    source: source.into(),
+                })),
+            },
             None => Ok(None),
         }
     }

@@ -22,7 +22,10 @@ pub enum SafetensorsError {
         found: u64,
     },
     /// The header is longer than the format allows.
-    #[error("the header should have {header} bytes, more than the {limit} that safetensors allows")]
+    #[error(
+        "the header should have {header} bytes, more than the {limit} that safetensors allows: the \
+         file is damaged or not safetensors; fetch it again"
+    )]
     HeaderTooLarge {
         /// The stated length in bytes.
         header: u64,
