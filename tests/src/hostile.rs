@@ -404,8 +404,13 @@ pub fn texts<T: AsRef<str>>(texts: impl IntoIterator<Item = T>) -> Array {
 fn tensor(name: &str, shape: Vec<usize>, block_type: BlockType) -> GgufTensor {
     let is_norm = shape.len() == 1;
     // Steps of a large odd number visit the bytes in a mixed order.
-    let bytes = (0..shape.iter().product::<usize>())
-        .map(move |i| if is_norm { 100 } else { (i * 97 % 129) as i8 });
+    let bytes = (0..shape.iter().product::<usize>()).map(move |i| {
+        if is_norm {
+            100
+        } else {
+            (i * 97 % 129) as i8 ^ 0x40
+        }
+    });
     let value = |byte: i8| f32::from(byte) / 100.0;
     let bytes: Vec<u8> = match block_type {
         BlockType::F32 => bytes.flat_map(|b| value(b).to_le_bytes()).collect(),

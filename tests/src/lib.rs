@@ -1,6 +1,7 @@
 //! What the tests across the crates share: fixtures, goldens and comparisons.
 
 pub mod golden;
+pub mod hostile;
 pub mod parity;
 pub mod runner;
 
