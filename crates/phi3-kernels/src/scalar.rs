@@ -6,9 +6,9 @@
 
 mod decode;
 
-pub(crate) use decode::decode;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use decode::{IQ4_NL_VALUES, decode_inline};
+pub(crate) use decode::decode_inline;
+pub(crate) use decode::{IQ4_NL_VALUES, decode, f16_to_f32};
 
 use crate::{AttentionShape, MatrixRef};
 
