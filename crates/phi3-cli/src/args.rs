@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::ValueEnum;
-use phi3::hub::{HubOptions, TerminalProgress};
+use phi3::hub::{Checkpoint, HubOptions, Source, TerminalProgress};
 use phi3::{ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
 
 /// Which model, and from where.
@@ -73,24 +73,29 @@ impl HubArgs {
 /// What computes.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ComputeArgs {
-    /// auto, cpu, cuda, cuda:N or metal.
+    /// auto, cpu, cuda, cuda:N or metal; auto is a GPU that this build supports, else the CPU.
     #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,
     /// Dtype of dense weights and activations on a GPU [default: bf16 on CUDA, f16 on Metal]; the
     /// CPU computes in f32 on weights as they are stored.
-    #[arg(long)]
+    #[arg(
+        long,
+        ignore_case = true,
+        hide_possible_values = true,
+        value_name = "f32|f16|bf16"
+    )]
     pub dtype: Option<DTypeArg>,
     /// Run a checkpoint without LongRoPE factors beyond its trained length: power:TOKENS or
     /// piecewise:TOKENS.
     #[arg(long, value_name = "RULE:TOKENS")]
     pub extend_context: Option<ContextExtension>,
     /// Threads [default: PHI3_THREADS, else one per physical core].
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
 }
 
 /// A dtype by name.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub enum DTypeArg {
     /// 32-bit floats.
     F32,
@@ -110,10 +115,24 @@ impl From<DTypeArg> for DType {
     }
 }
 
+/// Opens the files of the model that the flags name, downloading what is missing.
+pub fn open(source: &SourceArgs) -> Result<Checkpoint> {
+    let open = || {
+        let parsed = Source::parse(&source.model, source.hub.revision.as_deref())?;
+        phi3::hub::open(&parsed, &source.hub.options())
+    };
+    open().with_context(|| format!("opening {}", source.model))
+}
+
 /// Loads the model that the flags name.
 pub fn load(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel> {
     if let Some(threads) = compute.threads {
-        phi3::set_num_threads(threads);
+        phi3::set_num_threads(threads.into());
+    }
+    if compute.dtype.is_some_and(|dtype| dtype != DTypeArg::F32)
+        && compute.device.open().is_ok_and(|device| device.is_cpu())
+    {
+        tracing::warn!("--dtype changes nothing on the CPU, which computes in f32");
     }
     let options = LoadOptions {
         device: compute.device,

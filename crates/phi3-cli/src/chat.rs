@@ -2,48 +2,50 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use phi3::Chat;
+use anyhow::Result;
 use phi3::text::FinishReason;
-use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
+use phi3::{Chat, LanguageModel};
 
 use crate::args::{ComputeArgs, SourceArgs, load};
-use crate::interrupt;
-use crate::output;
+use crate::input::{Conversation, Input};
 use crate::sampling::SamplingArgs;
+use crate::{interrupt, output, system};
 
 /// Talks with a model, turn by turn. Ctrl-C stops an answer, Ctrl-D leaves.
+///
+/// From a pipe or file each line is a message; answers go to stdout, one after the other.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     source: SourceArgs,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// A system message to begin with.
+    /// A system message to begin with; /system changes it.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Say this first, then go on.
-    #[arg(long, short)]
+    #[arg(long, short, value_name = "TEXT")]
     prompt: Option<String>,
-    #[command(flatten)]
-    sampling: SamplingArgs,
     /// Print tokens per second after each answer; /stats switches it.
     #[arg(long)]
     stats: bool,
     /// Where to keep the history of what was typed [default: PHI3_HISTORY, else
-    /// ~/.local/state/phi3/history].
+    /// $XDG_STATE_HOME/phi3/history, else ~/.local/state/phi3/history].
     #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 }
 
 const HELP: &str = "\
-/reset          forget the conversation
-/system TEXT    set the system message (empty: remove it) and forget the conversation
+/reset          forget the conversation, not the system message
+/system TEXT    set the system message (no TEXT: remove it) and forget the conversation
 /stats          print tokens per second after each answer, or stop doing so
 /help           this list
-/exit           leave (or Ctrl-D); Ctrl-C stops an answer
-";
+/exit           leave, as Ctrl-D does
+A line that ends in \\ goes on in the next one; Ctrl-C stops an answer.";
+
+const COMMANDS: [&str; 6] = ["/reset", "/system ", "/stats", "/help", "/exit", "/quit"];
 
 pub fn run(args: &Args) -> Result<()> {
     let model = load(&args.source, &args.compute)?;
@@ -52,46 +54,40 @@ pub fn run(args: &Args) -> Result<()> {
     chat.settings.max_new_tokens = args.sampling.max_new_tokens;
     chat.settings.stop_strings.clone_from(&args.sampling.stop);
     chat.settings.sampling.validate()?;
-    if let Some(system) = &args.system {
-        chat.set_system(system);
-    }
     let mut session = Session {
+        model: &model,
         chat,
-        system: args.system.clone().unwrap_or_default(),
+        system: String::new(),
         stats: args.stats,
     };
-    eprintln!("{} is ready. /help lists the commands.", model.origin());
+    if let Some(system) = &args.system {
+        session.set_system(system);
+    }
+    let history = args.history.clone().or_else(default_history);
+    let mut conversation = Conversation::new(&COMMANDS, history)?;
+    if conversation.is_terminal() {
+        interrupt::spares_the_program()?;
+        output::note(&format!(
+            "{} ({} tokens of context). /help lists the commands, Ctrl-D leaves.",
+            args.source.model,
+            model.config().info().max_position_embeddings
+        ));
+    }
     if let Some(prompt) = &args.prompt {
         session.say(prompt)?;
     }
-
-    let mut editor = DefaultEditor::new().context("opening the terminal")?;
-    let history = args.history.clone().or_else(default_history);
-    if let Some(history) = &history {
-        // A first session has none yet.
-        let _ = editor.load_history(history);
-    }
     loop {
-        match editor.readline("> ") {
-            Ok(line) => {
-                let line = line.trim();
-                if line.is_empty() {
-                    continue;
-                }
-                let _ = editor.add_history_entry(line);
-                if session.handle(line)? == Next::Leave {
-                    break;
+        match conversation.next()? {
+            Input::Message(message) => {
+                let message = message.trim();
+                if !message.is_empty() && session.handle(message)? == Next::Leave {
+                    return Ok(());
                 }
             }
-            Err(ReadlineError::Interrupted) => eprintln!("(Ctrl-D or /exit leaves)"),
-            Err(ReadlineError::Eof) => break,
-            Err(error) => return Err(error).context("reading a line"),
+            Input::Interrupted => output::note("(Ctrl-D or /exit leaves)"),
+            Input::End => return Ok(()),
         }
     }
-    if let Some(history) = &history {
-        save_history(&mut editor, history);
-    }
-    Ok(())
 }
 
 #[derive(PartialEq)]
@@ -101,41 +97,54 @@ enum Next {
 }
 
 struct Session<'m> {
+    model: &'m LanguageModel,
     chat: Chat<'m>,
     system: String,
     stats: bool,
 }
 
 impl Session<'_> {
-    fn handle(&mut self, line: &str) -> Result<Next> {
-        let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+    fn handle(&mut self, message: &str) -> Result<Next> {
+        let (command, rest) = message
+            .split_once(char::is_whitespace)
+            .unwrap_or((message, ""));
         match command {
             "/exit" | "/quit" => return Ok(Next::Leave),
-            "/help" => eprint!("{HELP}"),
-            "/reset" => self.reset(),
+            "/help" => output::note(HELP),
+            "/reset" => {
+                self.chat.reset();
+                self.chat.set_system(&self.system);
+                output::note("(the conversation starts anew)");
+            }
             "/system" => {
-                self.system = rest.trim().to_owned();
-                self.reset();
+                self.chat.reset();
+                self.set_system(rest.trim());
+                output::note(match self.system.is_empty() {
+                    true => "(no system message; the conversation starts anew)",
+                    false => "(system message set; the conversation starts anew)",
+                });
             }
             "/stats" => {
                 self.stats = !self.stats;
-                eprintln!(
-                    "(tokens per second: {})",
-                    if self.stats { "on" } else { "off" }
-                );
+                output::note(match self.stats {
+                    true => "(tokens per second: on)",
+                    false => "(tokens per second: off)",
+                });
             }
-            _ if command.starts_with('/') && command[1..].chars().all(char::is_alphabetic) => {
-                eprintln!("{command} is no command; /help lists them");
+            _ if is_command(command) => {
+                output::note(&format!("{command} is no command; /help lists them"));
             }
-            _ => self.say(line)?,
+            _ => self.say(message)?,
         }
         Ok(Next::Go)
     }
 
-    fn reset(&mut self) {
-        self.chat.reset();
-        self.chat.set_system(&self.system);
-        eprintln!("(the conversation starts anew)");
+    fn set_system(&mut self, text: &str) {
+        text.clone_into(&mut self.system);
+        self.chat.set_system(text);
+        if let Ok(template) = self.model.chat_template() {
+            system::warn_if_ignored(template, text);
+        }
     }
 
     /// One turn. What goes wrong with it is said, and the conversation goes on.
@@ -143,37 +152,61 @@ impl Session<'_> {
         let mut answer = match self.chat.send(text) {
             Ok(answer) => answer,
             Err(error) => {
+                let too_long = is_too_long(&error);
                 output::report(&error.into());
+                if too_long {
+                    output::note("(/reset starts a new conversation)");
+                }
                 return Ok(());
             }
         };
         interrupt::cancels(&answer.cancel_token())?;
+        let mut failure = None;
+        let mut said_something = false;
         for piece in answer.by_ref() {
             match piece {
-                Ok(piece) => output::print(&piece)?,
-                Err(error) => {
-                    output::print("\n")?;
-                    output::report(&error.into());
-                    interrupt::done();
-                    return Ok(());
+                Ok(piece) => {
+                    said_something |= !piece.is_empty();
+                    output::answer(&piece)?;
                 }
+                Err(error) => failure = Some(error),
             }
         }
         interrupt::done();
         output::print("\n")?;
+        if let Some(error) = failure {
+            output::report(&error.into());
+            return Ok(());
+        }
         match answer.finish_reason() {
-            Some(FinishReason::Cancelled) => eprintln!("(stopped)"),
-            Some(FinishReason::Length) => eprintln!("(cut at --max-new-tokens)"),
+            Some(FinishReason::Cancelled) if said_something => output::note("(stopped)"),
+            Some(FinishReason::Cancelled) => {
+                output::note("(stopped before the first word; the message is forgotten)");
+            }
+            Some(FinishReason::Length) => output::note("(cut at --max-new-tokens)"),
             Some(FinishReason::ContextFull) => {
-                eprintln!("(the context is full: /reset starts anew)");
+                output::note("(the context is full: /reset starts anew)");
             }
             _ => {}
         }
         if let (true, Some(usage)) = (self.stats, answer.usage()) {
-            eprintln!("({})", output::usage_line(&usage));
+            output::note(&format!("({})", output::usage_line(&usage)));
         }
         Ok(())
     }
+}
+
+/// Whether a word is meant as a command: a path or a fraction is not.
+fn is_command(word: &str) -> bool {
+    word.strip_prefix('/')
+        .is_some_and(|name| !name.is_empty() && name.chars().all(char::is_alphabetic))
+}
+
+fn is_too_long(error: &phi3::Error) -> bool {
+    matches!(
+        error,
+        phi3::Error::Text(phi3::text::Error::PromptTooLong { .. })
+    )
 }
 
 fn default_history() -> Option<PathBuf> {
@@ -184,14 +217,4 @@ fn default_history() -> Option<PathBuf> {
     std::env::var_os("PHI3_HISTORY")
         .map(PathBuf::from)
         .or_else(|| Some(state()?.join("phi3/history")))
-}
-
-fn save_history(editor: &mut DefaultEditor, path: &std::path::Path) {
-    let folder = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-    let saved = folder
-        .map_err(ReadlineError::from)
-        .and_then(|()| editor.save_history(path));
-    if let Err(error) = saved {
-        tracing::warn!("the history was not saved to {}: {error}", path.display());
-    }
 }

@@ -1,14 +1,15 @@
 //! `phi3 generate`: one prompt, one answer.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use phi3::LanguageModel;
-use phi3::text::{EventKind, Finished, Generator, Message, Request, Token};
+use phi3::text::{
+    EventKind, FinishReason, Finished, Generator, Message, Request, Token, Tokenizer,
+};
 use serde_json::{Value, json};
 
 use crate::args::{ComputeArgs, SourceArgs, load};
-use crate::interrupt;
-use crate::output;
 use crate::sampling::SamplingArgs;
+use crate::{input, interrupt, output, system};
 
 /// Answers a prompt. With a model that has a chat template the prompt is one turn of a
 /// conversation; with --raw, or without a template, it is a text to continue.
@@ -18,8 +19,8 @@ pub struct Args {
     source: SourceArgs,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// The prompt; stdin if it is left out.
-    #[arg(long, short)]
+    /// The prompt; if it is left out, stdin without its last line break.
+    #[arg(long, short, value_name = "TEXT")]
     prompt: Option<String>,
     /// A system message for the chat template.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
@@ -27,25 +28,21 @@ pub struct Args {
     /// Continue the prompt as plain text, without the chat template.
     #[arg(long)]
     raw: bool,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    /// Print one JSON object a line instead of text: tokens with the log-probabilities of the N
-    /// most likely ones, then reason and usage.
+    /// Print one JSON object a line instead of text: for each token its log-probability and those
+    /// of the N most likely ones; at the end why it ended, and usage.
     #[arg(long, value_name = "N")]
     logprobs: Option<usize>,
     /// Print tokens and times to stderr at the end.
     #[arg(long)]
     stats: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    let prompt = input::prompt(args.prompt.as_deref())?;
     let model = load(&args.source, &args.compute)?;
-    let prompt = match &args.prompt {
-        Some(prompt) => prompt.clone(),
-        None => {
-            std::io::read_to_string(std::io::stdin()).context("reading the prompt from stdin")?
-        }
-    };
+    let tokenizer = model.tokenizer()?;
     let mut request = prompt_request(&model, args, &prompt)?;
     request.params = args.sampling.params(model.default_sampling());
     request.max_new_tokens = args.sampling.max_new_tokens;
@@ -54,27 +51,30 @@ pub fn run(args: &Args) -> Result<()> {
     request.logprobs = args.logprobs;
     interrupt::cancels(&request.cancel)?;
 
-    let mut generator = Generator::new(model.model().as_ref(), model.tokenizer()?);
+    let mut generator = Generator::new(model.model().as_ref(), tokenizer);
     generator.add(request)?;
     for event in generator {
         let event = event?;
-        match (args.logprobs, &event.kind) {
-            (None, _) => output::print(event.text())?,
-            (Some(_), EventKind::Token(token)) => {
-                output::print(&format!("{}\n", token_json(token)))?
-            }
-            (Some(_), EventKind::Finished(end)) => output::print(&format!("{}\n", end_json(end)))?,
+        if args.logprobs.is_some() {
+            let json = match &event.kind {
+                EventKind::Token(token) => token_json(token, tokenizer),
+                EventKind::Finished(finished) => end_json(finished),
+            };
+            output::print(&format!("{json}\n"))?;
+        } else {
+            output::answer(event.text())?;
         }
         if let EventKind::Finished(finished) = &event.kind {
             if args.logprobs.is_none() {
                 output::print("\n")?;
             }
             if args.stats {
-                eprintln!("{}", output::usage_line(&finished.usage));
+                output::note(&output::usage_line(&finished.usage));
             }
         }
     }
-    interrupt::exit_if_interrupted()
+    interrupt::exit_if_interrupted();
+    Ok(())
 }
 
 fn prompt_request(model: &LanguageModel, args: &Args, prompt: &str) -> Result<Request> {
@@ -95,25 +95,44 @@ fn prompt_request(model: &LanguageModel, args: &Args, prompt: &str) -> Result<Re
         .iter()
         .map(|text| Message::system(text.as_str()))
         .collect();
+    if let Some(system) = &args.system {
+        system::warn_if_ignored(template, system);
+    }
     messages.push(Message::user(prompt));
     let rendered = template.render(&messages, true)?;
     Ok(Request::new(tokenizer.encode_chat(&rendered)?))
 }
 
-fn token_json(token: &Token) -> Value {
+fn token_json(token: &Token, tokenizer: &Tokenizer) -> Value {
+    let top: Vec<Value> = token
+        .top_logprobs
+        .iter()
+        .map(|(id, logprob)| {
+            json!({ "id": id, "token": tokenizer.id_to_token(*id), "logprob": logprob })
+        })
+        .collect();
     json!({
         "id": token.id,
+        "token": tokenizer.id_to_token(token.id),
         "text": token.text,
         "logprob": token.logprob,
-        "top_logprobs": token.top_logprobs,
+        "top_logprobs": top,
     })
 }
 
 fn end_json(finished: &Finished) -> Value {
+    let (reason, stop) = match &finished.reason {
+        FinishReason::Stop(id) => ("stop", json!(id)),
+        FinishReason::StopString(text) => ("stop", json!(text)),
+        FinishReason::Length => ("length", Value::Null),
+        FinishReason::ContextFull => ("context_full", Value::Null),
+        FinishReason::Cancelled => ("cancelled", Value::Null),
+    };
     let usage = &finished.usage;
     json!({
         "text": finished.text,
-        "finish_reason": format!("{:?}", finished.reason),
+        "finish_reason": reason,
+        "stop": stop,
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "prefill_seconds": usage.prefill_time.as_secs_f64(),

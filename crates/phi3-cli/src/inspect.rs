@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::DType;
 use phi3::ModelConfig;
-use phi3::hub::{Checkpoint, Source, TensorEntry, open};
+use phi3::hub::{Checkpoint, TensorEntry};
 use phi3::nn::Backend;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::args::PositionalSourceArgs;
+use crate::args::{PositionalSourceArgs, open};
 use crate::output;
 
 /// Prints architecture, parameters, context, rope, quantisation, size and estimated memory.
@@ -31,10 +31,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let source_args = args.source.source();
-    let source = Source::parse(&source_args.model, source_args.hub.revision.as_deref())?;
-    let checkpoint = open(&source, &source_args.hub.options())
-        .with_context(|| format!("opening {}", source_args.model))?;
+    let checkpoint = open(&args.source.source())?;
     let report = Report::new(&checkpoint, args.context, args.tensors);
     if args.json {
         output::print(&format!("{}\n", serde_json::to_string_pretty(&report)?))
@@ -357,7 +354,8 @@ fn count(number: u64) -> String {
 
 fn bytes(number: u64) -> String {
     match number {
-        0..1_000_000 => format!("{:.1} kB", number as f64 / 1e3),
+        0..1_000 => format!("{number} bytes"),
+        1_000..1_000_000 => format!("{:.1} kB", number as f64 / 1e3),
         1_000_000..1_000_000_000 => format!("{:.1} MB", number as f64 / 1e6),
         _ => format!("{:.2} GB", number as f64 / 1e9),
     }

@@ -1,14 +1,16 @@
 //! `phi3 logits`: the numbers behind the answers, for comparison with any reference.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 use phi3::hub::safetensors::{TensorData, TensorToWrite, write_safetensors};
-use phi3::nn::{CausalLm, Input, KvCache, LogitRows, Observer, Recompute, Span};
+use phi3::nn::{CausalLm, Input, KvCache, LogitRows, ModelInfo, Observer, Recompute, Span};
 
 use crate::args::{ComputeArgs, SourceArgs, load};
+use crate::output::UsageError;
 
 /// Runs token ids and writes `logits` f32 [n, vocab], row i after id i.
 ///
@@ -25,7 +27,7 @@ pub struct Args {
     ids: Vec<PathBuf>,
     /// Run the first K ids as prefill and each later one as one cached step [default: all prefill].
     #[arg(long, value_name = "K")]
-    decode_from: Option<usize>,
+    decode_from: Option<NonZeroUsize>,
     /// Also write the hidden states: hidden_embed, hidden_layer0_attn, hidden_layer0, …,
     /// hidden_layer_last, hidden_final_norm.
     #[arg(long)]
@@ -73,20 +75,22 @@ struct Hidden {
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    // What can be wrong with the files is said before the model is loaded and run.
+    let inputs = read_all(&args.ids)?;
+    check_out(&args.out)?;
     let model = load(&args.source, &args.compute)?;
     let model = model.model().as_ref();
-    let mut sequences = args
-        .ids
-        .iter()
-        .map(|path| Sequence::read(path, args.ids.len() > 1, new_cache(model, args.recompute)))
-        .collect::<Result<Vec<_>>>()?;
-    check_prefixes(&sequences)?;
+    for (path, input) in args.ids.iter().zip(&inputs) {
+        input
+            .check(model.info(), args.generate)
+            .with_context(|| path.display().to_string())?;
+    }
+    let mut sequences: Vec<_> = inputs
+        .into_iter()
+        .map(|input| Sequence::new(input, new_cache(model, args.recompute)))
+        .collect();
 
-    let prefill = args.decode_from.unwrap_or(usize::MAX);
-    ensure!(
-        prefill > 0,
-        "--decode-from must be at least 1: the first id has nothing cached before it"
-    );
+    let prefill = args.decode_from.map_or(usize::MAX, NonZeroUsize::get);
     step(model, &mut sequences, args.hidden, |sequence| {
         sequence.ids.len().min(prefill)
     })?;
@@ -102,6 +106,88 @@ pub fn run(args: &Args) -> Result<()> {
     write(&args.out, &sequences, model.info().vocab_size)
 }
 
+/// What a file holds, and the prefix of its tensors.
+struct IdsFile {
+    prefix: String,
+    ids: Vec<u32>,
+}
+
+fn read_all(paths: &[PathBuf]) -> Result<Vec<IdsFile>> {
+    let mut stems: Vec<String> = Vec::new();
+    for path in paths {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        if stems.contains(&stem.to_string()) {
+            return Err(UsageError(format!(
+                "--ids: {} has the same stem as another file, `{stem}`, and tensors are named by \
+                 stem: rename one of them",
+                path.display()
+            ))
+            .into());
+        }
+        stems.push(stem.into_owned());
+    }
+    let several = paths.len() > 1;
+    let read = paths.iter().zip(stems).map(|(path, stem)| {
+        let name = path.display();
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
+        let ids: Vec<u32> = serde_json::from_str(&text)
+            .with_context(|| format!("{name} must be a JSON array of token ids"))?;
+        ensure!(
+            !ids.is_empty(),
+            "{name} is an empty array: give at least one token id"
+        );
+        let prefix = if several {
+            format!("{stem}.")
+        } else {
+            String::new()
+        };
+        Ok(IdsFile { prefix, ids })
+    });
+    read.collect()
+}
+
+impl IdsFile {
+    fn check(&self, info: &ModelInfo, generate: usize) -> Result<()> {
+        let vocab = info.vocab_size;
+        let outside = |id: u32| usize::try_from(id).is_ok_and(|id| id >= vocab);
+        if let Some((idx, id)) = (self.ids.iter().enumerate()).find(|(_, id)| outside(**id)) {
+            bail!("element {idx} is {id}, which is outside the model's vocabulary of {vocab}");
+        }
+        // The last generated id does not run.
+        let length = self.ids.len().saturating_add(generate.saturating_sub(1));
+        let context = info.max_position_embeddings;
+        ensure!(
+            length <= context,
+            "{} ids{} are longer than the model's context of {context} tokens",
+            self.ids.len(),
+            match generate {
+                0 | 1 => String::new(),
+                _ => format!(" and {generate} generated ones"),
+            }
+        );
+        Ok(())
+    }
+}
+
+/// A place that cannot be written to is better known before the model runs than after.
+fn check_out(out: &Path) -> Result<()> {
+    let folder = match out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    ensure!(
+        folder.is_dir(),
+        "--out: there is no folder {}: create it first",
+        folder.display()
+    );
+    ensure!(
+        !out.is_dir(),
+        "--out: {} is a folder: give the name of a file in it",
+        out.display()
+    );
+    Ok(())
+}
+
 fn new_cache(model: &dyn CausalLm, recompute: RecomputeArg) -> KvCache {
     match recompute {
         RecomputeArg::Auto => model.new_cache(),
@@ -111,40 +197,18 @@ fn new_cache(model: &dyn CausalLm, recompute: RecomputeArg) -> KvCache {
 }
 
 impl Sequence {
-    fn read(path: &Path, prefixed: bool, cache: KvCache) -> Result<Self> {
-        let name = path.display();
-        let text = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
-        let ids: Vec<u32> = serde_json::from_str(&text)
-            .with_context(|| format!("{name} must be a JSON array of token ids"))?;
-        ensure!(!ids.is_empty(), "{name} holds no id");
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        Ok(Self {
-            prefix: if prefixed {
-                format!("{stem}.")
-            } else {
-                String::new()
-            },
-            ids,
+    fn new(input: IdsFile, cache: KvCache) -> Self {
+        Self {
+            prefix: input.prefix,
+            ids: input.ids,
             done: 0,
             cache,
             logits: Vec::new(),
             hidden: BTreeMap::new(),
             generated: Vec::new(),
             generated_rows: Vec::new(),
-        })
+        }
     }
-}
-
-fn check_prefixes(sequences: &[Sequence]) -> Result<()> {
-    let mut prefixes: Vec<_> = sequences.iter().map(|sequence| &sequence.prefix).collect();
-    prefixes.sort();
-    if let Some(pair) = prefixes.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!(
-            "two files have the stem `{}`, so their tensors would have one name",
-            pair[0].trim_end_matches('.')
-        );
-    }
-    Ok(())
 }
 
 /// Runs the next `count(sequence)` ids of every sequence in one packed call.

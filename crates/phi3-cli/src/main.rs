@@ -8,11 +8,13 @@ mod args;
 mod chat;
 mod download;
 mod generate;
+mod input;
 mod inspect;
 mod interrupt;
 mod logits;
 mod output;
 mod sampling;
+mod system;
 mod tokenize;
 
 use std::process::ExitCode;
@@ -53,14 +55,19 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    output::start_logging(cli.verbose);
-    match run(cli.command) {
+    match prepare(cli.verbose).and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::report(&error);
             ExitCode::from(output::exit_code(&error))
         }
     }
+}
+
+/// Logging, and the environment variables that steer the kernels.
+fn prepare(verbose: u8) -> anyhow::Result<()> {
+    output::start_logging(verbose)?;
+    phi3::check_environment().map_err(|error| output::UsageError(error.to_string()).into())
 }
 
 fn run(command: Command) -> anyhow::Result<()> {

@@ -1,26 +1,49 @@
 //! stdout for answers, stderr for the rest, and what the exit code says.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::LazyLock;
 
 use phi3::text::Usage;
 use tracing_subscriber::EnvFilter;
 
+/// A command line or environment variable that means nothing: the exit code says so.
+#[derive(Debug)]
+pub struct UsageError(pub String);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
 /// Messages on stderr: warnings, or what `-v` and `PHI3_LOG` ask for.
-pub fn start_logging(verbose: u8) {
+pub fn start_logging(verbose: u8) -> anyhow::Result<()> {
     let level = match verbose {
         0 => "warn",
         1 => "info",
         _ => "debug",
     };
-    let filter = EnvFilter::try_from_env("PHI3_LOG").unwrap_or_else(|_| {
-        EnvFilter::new(format!("{level},tokenizers=error,ureq=warn,rustls=warn"))
-    });
+    let filter = match std::env::var("PHI3_LOG") {
+        Ok(directives) if !directives.is_empty() => {
+            EnvFilter::try_new(&directives).map_err(|error| {
+                UsageError(format!(
+                    "environment variable PHI3_LOG: expected a level (error, warn, info, debug, \
+                     trace) or module=level pairs, found {directives:?} ({error})"
+                ))
+            })?
+        }
+        _ => EnvFilter::new(format!("{level},tokenizers=error,ureq=warn,rustls=warn")),
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .with_target(false)
         .without_time()
         .init();
+    Ok(())
 }
 
 /// Writes an answer to stdout at once; a reader that has gone away ends the program quietly.
@@ -28,7 +51,8 @@ pub fn print_bytes(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
-        other => Ok(other?),
+        Err(error) => Err(anyhow::Error::new(error).context("writing to stdout")),
+        Ok(()) => Ok(()),
     }
 }
 
@@ -37,21 +61,55 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     print_bytes(text.as_bytes())
 }
 
+/// Writes a piece of an answer. What a model says must not steer the terminal: there, characters
+/// that would are shown as `�`. A file or pipe gets them as they are.
+pub fn answer(piece: &str) -> anyhow::Result<()> {
+    static TERMINAL: LazyLock<bool> = LazyLock::new(|| std::io::stdout().is_terminal());
+    match *TERMINAL {
+        true => print(&without_controls(piece)),
+        false => print(piece),
+    }
+}
+
+fn without_controls(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\n' | '\t' => c,
+        c if c.is_control() => char::REPLACEMENT_CHARACTER,
+        c => c,
+    };
+    text.chars().map(shown).collect()
+}
+
+/// A line for the user on stderr. Nobody reading it is no reason to fail.
+pub fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Tokens and their times in one line.
 pub fn usage_line(usage: &Usage) -> String {
     let computed = usage.prompt_tokens - usage.cached_tokens.min(usage.prompt_tokens);
     let prefill = usage.prefill_time.as_secs_f64();
-    let per_second = |tokens: usize| tokens as f64 / prefill.max(1e-9);
+    let cached = match usage.cached_tokens {
+        0 => String::new(),
+        cached => format!(" ({cached} cached)"),
+    };
+    let first = match prefill > 0.0 {
+        true => format!(
+            " in {prefill:.2} s, {:.1} tokens/s",
+            computed as f64 / prefill
+        ),
+        false => String::new(),
+    };
     let decode = match usage.tokens_per_second() {
-        Some(speed) => format!(", {speed:.1} tokens/s"),
+        Some(speed) => format!(
+            " in {:.2} s, {speed:.1} tokens/s",
+            usage.decode_time.as_secs_f64()
+        ),
         None => String::new(),
     };
     format!(
-        "prompt {} tokens ({} cached) in {prefill:.2} s, {:.1} tokens/s; answer {} tokens{decode}",
-        usage.prompt_tokens,
-        usage.cached_tokens,
-        per_second(computed),
-        usage.completion_tokens,
+        "prompt {} tokens{cached}{first}; answer {} tokens{decode}",
+        usage.prompt_tokens, usage.completion_tokens,
     )
 }
 
@@ -67,24 +125,46 @@ pub fn report(error: &anyhow::Error) {
     }
     let mut lines = causes.iter();
     if let Some(first) = lines.next() {
-        eprintln!("error: {first}");
+        note(&format!("error: {first}"));
     }
     for cause in lines {
-        eprintln!("  because: {cause}");
+        note(&format!("  because: {cause}"));
     }
 }
 
-/// 3 where the model's files could not be had, 1 for anything else.
+/// 2 for wrong usage, 3 where the model's files could not be had, 1 for anything else.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
+    use phi3::hub::Error::{Hub, MissingFile, NoSuchPath, NotAModel, WrongKindOfFile};
+    if error.chain().any(|cause| cause.is::<UsageError>()) {
+        return 2;
+    }
     let no_model = error.chain().any(|cause| {
+        let facade = cause.downcast_ref::<phi3::Error>();
+        let hub = match facade {
+            Some(phi3::Error::Hub(hub)) => Some(hub),
+            _ => cause.downcast_ref::<phi3::hub::Error>(),
+        };
         matches!(
-            cause.downcast_ref::<phi3::hub::Error>(),
+            hub,
             Some(
-                phi3::hub::Error::NoSuchPath { .. }
-                    | phi3::hub::Error::NotAModel { .. }
-                    | phi3::hub::Error::Hub(_)
+                NoSuchPath { .. }
+                    | NotAModel { .. }
+                    | WrongKindOfFile { .. }
+                    | MissingFile { .. }
+                    | Hub(_)
             )
         )
     });
     if no_model { 3 } else { 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_cannot_steer_the_terminal() {
+        let title = "\u{1b}]0;owned\u{7}\u{9b}2J\rabc\tä\n";
+        assert_eq!(without_controls(title), "�]0;owned��2J�abc\tä\n");
+    }
 }

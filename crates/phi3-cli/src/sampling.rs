@@ -7,11 +7,12 @@ use phi3::SamplingParams;
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// Tokens to generate at most.
+    /// Tokens to generate at most, for each answer.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub max_new_tokens: usize,
-    /// 0 chooses the most likely token; 1 draws from the model's distribution.
-    #[arg(long)]
+    /// 0 chooses the most likely token; 1 draws from the model's distribution [default: what the
+    /// checkpoint says, else 0; 1 with --top-k, --top-p or --min-p].
+    #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Draw only from the K most likely tokens.
     #[arg(long, value_name = "K")]
@@ -35,7 +36,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "ID=X", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
     /// Seed of the random numbers: the same seed gives the same text.
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// A text that ends the answer; may be given several times.
     #[arg(long, value_name = "TEXT")]

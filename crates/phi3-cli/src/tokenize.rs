@@ -1,19 +1,18 @@
 //! `phi3 tokenize`: a text as token ids.
 
-use anyhow::{Context, Result};
-use phi3::hub::{Source, open};
+use anyhow::{Context, Result, bail};
 use phi3::load_tokenizer;
 
-use crate::args::SourceArgs;
-use crate::output;
+use crate::args::{SourceArgs, open};
+use crate::{input, output};
 
-/// Prints one line per token: id, token as it stands in the vocabulary.
+/// Prints one line per token: its id, and the token as it stands in the vocabulary.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     source: SourceArgs,
-    /// The text; stdin if it is left out.
-    #[arg(long, short)]
+    /// The text; if it is left out, stdin without its last line break.
+    #[arg(long, short, value_name = "TEXT")]
     prompt: Option<String>,
     /// Add the tokens that the model's tokenizer puts before a text (BOS).
     #[arg(long)]
@@ -27,22 +26,20 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let hub = &args.source.hub;
-    let source = Source::parse(&args.source.model, hub.revision.as_deref())?;
-    let checkpoint =
-        open(&source, &hub.options()).with_context(|| format!("opening {}", args.source.model))?;
+    let checkpoint = open(&args.source)?;
     let tokenizer = load_tokenizer(&checkpoint)?.ok_or_else(|| phi3::Error::NoTokenizer {
         origin: checkpoint.origin.clone(),
     })?;
     if let Some(ids) = &args.decode {
         let ids: Vec<u32> =
             serde_json::from_str(ids).context("reading --decode as a JSON array of ids")?;
+        // The decoder leaves out what it does not know.
+        if let Some(id) = ids.iter().find(|id| tokenizer.id_to_token(**id).is_none()) {
+            bail!("--decode: {id} is no id of the vocabulary");
+        }
         return output::print(&format!("{}\n", tokenizer.decode(&ids, false)?));
     }
-    let text = match &args.prompt {
-        Some(text) => text.clone(),
-        None => std::io::read_to_string(std::io::stdin()).context("reading the text from stdin")?,
-    };
+    let text = input::prompt(args.prompt.as_deref())?;
     let ids = tokenizer.encode(&text, args.add_special)?;
     if args.json {
         return output::print(&format!("{}\n", serde_json::to_string(&ids)?));

@@ -1,0 +1,10 @@
+//! The program `phi3` as its users run it: arguments in; stdout, stderr, files and exit code out.
+
+mod chat;
+mod errors;
+mod generate;
+mod goldens;
+mod hub;
+mod look;
+mod support;
+mod tiny;
