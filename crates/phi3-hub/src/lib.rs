@@ -21,6 +21,7 @@
 
 mod checkpoint;
 mod config;
+mod disk;
 mod error;
 pub mod gguf;
 mod hub;
@@ -37,6 +38,7 @@ pub use checkpoint::{
     ChatTemplateSource, Checkpoint, TensorEntry, TokenizerFiles, open, open_folder,
 };
 pub use config::{parse_json, read_bytes, read_json};
+pub use disk::free_space;
 pub use error::Error;
 pub use hub::{
     HubError, HubOptions, NoProgress, Progress, RetryPolicy, TerminalProgress, download,

@@ -13,6 +13,7 @@ mod keys;
 mod merges;
 mod names;
 mod pre_tokenizer;
+pub mod random;
 mod tokenizer;
 mod types;
 mod value;
