@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -141,5 +142,15 @@ pub fn load(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel>
         extend: compute.extend_context,
         hub: Some(source.hub.options()),
     };
-    phi3::load_with(&source.model, &options).with_context(|| format!("loading {}", source.model))
+    let begun = Instant::now();
+    let model = phi3::load_with(&source.model, &options)
+        .with_context(|| format!("loading {}", source.model))?;
+    tracing::info!(
+        "{} loaded in {:.2} s; the CPU has {} threads and {} kernels",
+        model.origin(),
+        begun.elapsed().as_secs_f64(),
+        phi3::num_threads(),
+        phi3::backend_name()
+    );
+    Ok(model)
 }

@@ -30,7 +30,8 @@ pub struct Args {
     #[arg(long)]
     stats: bool,
     /// Where to keep the history of what was typed [default: PHI3_HISTORY, else
-    /// $XDG_STATE_HOME/phi3/history, else ~/.local/state/phi3/history].
+    /// $XDG_STATE_HOME/phi3/history, else ~/.local/state/phi3/history; none if PHI3_HISTORY is
+    /// empty].
     #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
     #[command(flatten)]
@@ -74,6 +75,9 @@ pub fn run(args: &Args) -> Result<()> {
         ));
     }
     if let Some(prompt) = &args.prompt {
+        if conversation.is_terminal() {
+            output::note(&format!("> {prompt}"));
+        }
         session.say(prompt)?;
     }
     loop {
@@ -214,7 +218,8 @@ fn default_history() -> Option<PathBuf> {
         let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
         state.or_else(|| Some(std::env::home_dir()?.join(".local/state")))
     };
-    std::env::var_os("PHI3_HISTORY")
-        .map(PathBuf::from)
-        .or_else(|| Some(state()?.join("phi3/history")))
+    match std::env::var_os("PHI3_HISTORY") {
+        Some(path) => (!path.is_empty()).then(|| path.into()),
+        None => Some(state()?.join("phi3/history")),
+    }
 }

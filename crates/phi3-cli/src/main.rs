@@ -27,7 +27,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// More messages on stderr: -v for progress, -vv for details.
+    /// More messages on stderr: -v for what is loaded and how it runs, -vv for details; PHI3_LOG sets
+    /// the level by module.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     verbose: u8,
 }
@@ -47,6 +48,8 @@ enum Command {
     /// Write the logits of given token ids, for comparison with another implementation.
     Logits(logits::Args),
     /// Print a completion script for a shell.
+    ///
+    /// For bash: phi3 completions bash > ~/.local/share/bash-completion/completions/phi3
     Completions {
         /// The shell.
         shell: clap_complete::Shell,

@@ -124,7 +124,8 @@ impl<'m> Chat<'m> {
 
 /// An answer on its way: an iterator over pieces of text.
 ///
-/// Dropped before its end, it leaves in the conversation what was said until then.
+/// Dropped or cancelled before its end, it leaves in the conversation what was said until then; if
+/// that is nothing, the question is forgotten too.
 pub struct Answer<'c, 'm> {
     chat: &'c mut Chat<'m>,
     generator: Generator<'m>,
@@ -190,7 +191,8 @@ impl Iterator for Answer<'_, '_> {
 
 impl Drop for Answer<'_, '_> {
     fn drop(&mut self) {
-        if self.text.is_empty() && self.finished.is_none() {
+        let stopped = matches!(self.finish_reason(), None | Some(FinishReason::Cancelled));
+        if self.text.is_empty() && stopped {
             self.chat.messages.pop(); // the question: nothing was said to it
         } else {
             let text = std::mem::take(&mut self.text);

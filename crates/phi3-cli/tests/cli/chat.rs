@@ -99,18 +99,6 @@ fn statistics_on_request() -> Result<()> {
 }
 
 #[test]
-fn a_cached_turn_answers_like_a_fresh_one() -> Result<()> {
-    // The answer to three turns in one go, and with the cache of the turns before, by way of a
-    // seed that draws: the same.
-    let tiny = Tiny::new()?;
-    let flags = ["--temperature", "1", "--seed", "5"];
-    let one = talk(&tiny, &flags, "a\nb\nc\n")?;
-    let two = talk(&tiny, &flags, "a\nb\nc\n")?;
-    ensure!(one.stdout == two.stdout, "{one:?} {two:?}");
-    Ok(())
-}
-
-#[test]
 fn a_message_of_several_lines() -> Result<()> {
     let tiny = Tiny::new()?;
     let run = talk(&tiny, &["--stats"], "a\\\nb\n")?;
@@ -143,6 +131,30 @@ fn what_goes_wrong_with_a_message_does_not_end_the_conversation() -> Result<()> 
         "{run:?}"
     );
     ensure!(run.stderr.contains("/reset"), "{run:?}");
+    Ok(())
+}
+
+#[test]
+fn a_context_that_is_full_is_said() -> Result<()> {
+    let tiny = Tiny::new()?;
+    let text = "xyz ".repeat(1021);
+    // <|user|> \n, 4 tokens a word but for the last space, <|end|> \n <|assistant|> \n: 5 are left.
+    let run = talk(
+        &tiny,
+        &["--stats"],
+        &format!("{text}\nhello\n/reset\nhello\n"),
+    )?;
+    ensure!(run.stderr.contains("the context is full"), "{run:?}");
+    ensure!(run.stderr.contains("prompt 4089 tokens"), "{run:?}");
+    ensure!(run.stderr.contains("must hold it"), "{run:?}");
+    ensure!(
+        run.stderr.contains("(/reset starts a new conversation)"),
+        "{run:?}"
+    );
+    ensure!(
+        run.stdout.ends_with(&talk(&tiny, &[], "hello\n")?.stdout),
+        "{run:?}"
+    );
     Ok(())
 }
 

@@ -5,6 +5,7 @@ mod errors;
 mod generate;
 mod goldens;
 mod hub;
+mod library;
 mod look;
 mod support;
 mod tiny;

@@ -40,8 +40,13 @@ impl Tiny {
     }
 
     pub fn with_template(template: Option<&str>) -> Result<Self> {
+        Self::of("phi3-mini-4k", template)
+    }
+
+    /// The weights of a fixture with a vocabulary of 320.
+    pub fn of(name: &str, template: Option<&str>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let from = fixture("phi3-mini-4k");
+        let from = fixture(name);
         for file in ["config.json", "model.safetensors"] {
             std::fs::copy(from.join(file), folder.path().join(file))?;
         }
