@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::Avx2;
-use crate::{AttentionShape, MatrixRef, scalar};
+use crate::{MatrixRef, scalar};
 
 /// A backend that this processor can run. Backends other than scalar hold a token that only
 /// detection of their instructions creates.
@@ -57,23 +57,6 @@ impl Backend {
             Backend::Scalar => scalar::matmul_rows(x, n, w, first_row, out),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.matmul_rows(x, n, w, first_row, out),
-        }
-    }
-
-    /// [`scalar::attend_rows`].
-    pub(crate) fn attend_rows(
-        self,
-        q: &[f32],
-        keys: &[f32],
-        values: &[f32],
-        shape: AttentionShape,
-        first_row: usize,
-        out: &mut [f32],
-    ) {
-        match self {
-            Backend::Scalar => scalar::attend_rows(q, keys, values, shape, first_row, out),
-            #[cfg(target_arch = "x86_64")]
-            Backend::Avx2(avx2) => avx2.attend_rows(q, keys, values, shape, first_row, out),
         }
     }
 }
@@ -186,35 +169,6 @@ mod tests {
                 let mut out = [0.0];
                 backend.matmul_rows(&x, 1, w, 0, &mut out);
                 assert!(out[0].is_infinite(), "{} element {i}", backend.name());
-            }
-        }
-    }
-
-    /// All backends compute attention by the same operations in the same order.
-    #[test]
-    fn backends_attend_alike() {
-        let mut random = Random(3);
-        for head_dim in [1, 7, 16, 31, 64, 96, 128] {
-            let (l, s) = (5, 70);
-            let q = random.units(l * head_dim);
-            let (keys, values) = (random.units(s * head_dim), random.units(s * head_dim));
-            for window in [None, Some(0), Some(9)] {
-                let shape = AttentionShape {
-                    head_dim,
-                    q_start: 66,
-                    k_start: 1,
-                    window,
-                    scale: 0.3,
-                };
-                let run = |backend: Backend| {
-                    let mut out = vec![f32::NAN; q.len()];
-                    backend.attend_rows(&q, &keys, &values, shape, 0, &mut out);
-                    out
-                };
-                let expected = run(Backend::Scalar);
-                for backend in available() {
-                    assert_eq!(run(backend), expected, "{} {shape:?}", backend.name());
-                }
             }
         }
     }

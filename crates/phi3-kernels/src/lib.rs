@@ -2,7 +2,7 @@
 //!
 //! The crate knows no tensors, models or files. It multiplies f32 activations with matrices that
 //! stay as they lie in a mapped file ([`MatrixRef`]; plain floats or ggml blocks,
-//! [`BlockType`]), attends ([`attend`]), and does the small operations between.
+//! [`BlockType`]), attends ([`attend_packed`]), and does the small operations between.
 //!
 //! `scalar` is the specification, in portable Rust. Other backends, chosen once at run time by
 //! what the processor has ([`backend_name`]; `PHI3_KERNELS=scalar` overrides it), compute the
@@ -39,7 +39,9 @@ mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub use attention::{AttentionShape, attend};
+pub use attention::{
+    AttentionJob, AttentionShape, KvPage, KvPages, attend, attend_packed, f16_to_f32, f32_to_f16,
+};
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use environment::{EnvironmentError, check_environment};
 pub use ops::{argmax, dequantize, gather_rows, matmul, rms_norm, rope, silu_mul};

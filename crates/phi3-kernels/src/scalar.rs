@@ -4,13 +4,14 @@
 //! Functions here work on the part of an operation that one thread does; lengths were checked
 //! by the entry points in `lib.rs`.
 
+pub(crate) mod attention;
 mod decode;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use decode::decode_inline;
 pub(crate) use decode::{IQ4_NL_VALUES, decode, f16_to_f32};
 
-use crate::{AttentionShape, MatrixRef};
+use crate::MatrixRef;
 
 /// Independent partial sums of a dot product, so that the additions of one need not wait for
 /// each other and fill vector registers.
@@ -68,47 +69,6 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
         width /= 2;
     }
     lanes[0]
-}
-
-/// Rows `first_row..` of one head: `q` and `out` `[rows, d]`, `keys` and `values` `[s, d]`.
-#[inline(always)]
-pub(crate) fn attend_rows(
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    shape: AttentionShape,
-    first_row: usize,
-    out: &mut [f32],
-) {
-    let d = shape.head_dim;
-    let mut weights = Vec::new();
-    for (i, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
-        let visible = shape.visible_keys(first_row + i, keys.len() / d);
-        let keys = &keys[visible.start * d..visible.end * d];
-        let values = &values[visible.start * d..visible.end * d];
-
-        weights.clear();
-        weights.resize(visible.len(), 0.0);
-        for (weight, k) in weights.iter_mut().zip(keys.chunks_exact(d)) {
-            *weight = dot(q, k) * shape.scale;
-        }
-        let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for weight in &mut weights {
-            *weight = (*weight - max).exp();
-            sum += *weight;
-        }
-
-        out.fill(0.0);
-        for (v, weight) in values.chunks_exact(d).zip(&weights) {
-            for (out, v) in out.iter_mut().zip(v) {
-                *out += weight * v;
-            }
-        }
-        if !weights.is_empty() {
-            out.iter_mut().for_each(|out| *out /= sum);
-        }
-    }
 }
 
 /// One row: `x / sqrt(mean(x²) + eps) * weight`.

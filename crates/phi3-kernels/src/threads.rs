@@ -84,6 +84,12 @@ pub(crate) fn for_each_chunk(out: &mut [f32], len: usize, f: impl Fn(usize, &mut
     }
 }
 
+/// Calls `f` for every item, each a piece of work that pays for a thread, with the threads of the
+/// pool.
+pub(crate) fn for_each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Send + Sync) {
+    parallel(|| items.par_iter_mut().with_max_len(1).for_each(f));
+}
+
 /// How many of `items` equal pieces of `work` one task takes.
 pub(crate) fn chunk_len(items: usize, work: usize) -> usize {
     let pool = pool();

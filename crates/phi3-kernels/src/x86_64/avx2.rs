@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use crate::{AttentionShape, BlockType, MatrixRef, scalar};
+use crate::{BlockType, MatrixRef, scalar};
 
 /// Lanes of a vector of f32.
 const LANES: usize = 8;
@@ -46,20 +46,6 @@ impl Avx2 {
     ) {
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe { matmul_rows(x, n, w, first_row, out) }
-    }
-
-    /// [`scalar::attend_rows`], the same operations in wider vectors.
-    pub(crate) fn attend_rows(
-        self,
-        q: &[f32],
-        keys: &[f32],
-        values: &[f32],
-        shape: AttentionShape,
-        first_row: usize,
-        out: &mut [f32],
-    ) {
-        // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { attend_rows(q, keys, values, shape, first_row, out) }
     }
 }
 
@@ -257,18 +243,6 @@ fn from_i8(low: __m128i, high: __m128i) -> [__m256; 4] {
         *vector = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
     }
     vectors
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn attend_rows(
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    shape: AttentionShape,
-    first_row: usize,
-    out: &mut [f32],
-) {
-    scalar::attend_rows(q, keys, values, shape, first_row, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -1,0 +1,213 @@
+//! Fused attention: softmax of `q · kᵀ` times v without a matrix of scores.
+//!
+//! Scores of a tile of 256 positions are made, exponentiated and multiplied with the values
+//! while they lie in the cache, and tiles are joined by their maxima (online softmax; Milakov
+//! and Gimelshein, 2018; Dao et al., 2022). Tiles are cut at multiples of 256 of the absolute
+//! position and joined in order, so that a query's result has the same bits in whatever call,
+//! with whatever neighbors and on however many threads it is computed, and whichever keys out
+//! of its sight are held.
+//!
+//! [`tile`] goes through the tiles, [`schedule`] spreads them over threads, [`backend`] names
+//! the few operations that a backend has to give.
+
+mod backend;
+mod schedule;
+mod tile;
+
+use std::ops::Range;
+
+pub(crate) use backend::Rows;
+
+/// What the slices of an [`AttentionJob`] mean.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Elements of a query, key or value: d.
+    pub head_dim: usize,
+    /// Absolute position of the first query, in tokens; the others follow one by one.
+    pub q_start: usize,
+    /// Absolute position of the first key, in tokens; the others follow one by one.
+    pub k_start: usize,
+    /// A query sees itself and the `window - 1` positions before it; `None`: all before it.
+    pub window: Option<usize>,
+    /// Factor on `q · k`, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// Which of `s` keys query row `i` sees: key j is visible when it is not later than the
+    /// query and less than `window` positions earlier.
+    pub(crate) fn visible_keys(&self, i: usize, s: usize) -> Range<usize> {
+        // One past the query; the entry point checked that positions do not overflow.
+        let end = self.q_start + i + 1;
+        let start = self.window.map_or(0, |w| end.saturating_sub(w));
+        let end = end.saturating_sub(self.k_start).min(s);
+        start.saturating_sub(self.k_start).min(end)..end
+    }
+}
+
+/// Keys and values of some consecutive positions, `[k, page_len, d]` each, head-major: the
+/// positions of one head lie behind each other.
+#[derive(Clone, Copy, Debug)]
+pub struct KvPage<'a, T> {
+    /// Rotated keys.
+    pub keys: &'a [T],
+    /// Values.
+    pub values: &'a [T],
+}
+
+/// The pages of a sequence, in order, all of the same type.
+#[derive(Clone, Copy, Debug)]
+pub enum KvPages<'a> {
+    /// As computed.
+    F32(&'a [KvPage<'a, f32>]),
+    /// Rounded to half precision, as bits: [`crate::f32_to_f16`].
+    F16(&'a [KvPage<'a, u16>]),
+}
+
+/// One sequence of [`attend_packed`]: its queries, its keys and values, and the output.
+#[derive(Debug)]
+pub struct AttentionJob<'a> {
+    /// `[l, h, d]`, contiguous.
+    pub q: &'a [f32],
+    /// `[l, h, d]`, contiguous: overwritten.
+    pub out: &'a mut [f32],
+    /// Where keys and values lie. The last page may have room for more.
+    pub pages: KvPages<'a>,
+    /// Positions of a page.
+    pub page_len: usize,
+    /// Keys to be seen, from the first row of the first page on: s.
+    pub len: usize,
+    /// Query heads: h.
+    pub num_heads: usize,
+    /// Key/value heads: k. Query head i reads key/value head `i / (h / k)`.
+    pub num_kv_heads: usize,
+    /// Width, positions, window and scale.
+    pub shape: AttentionShape,
+}
+
+/// Causal attention of several sequences, each against its own keys:
+/// `out[i, h] = sum_j softmax_j(scale * q[i, h] · keys[h / g, j]) * values[h / g, j]` with
+/// `g = num_heads / num_kv_heads`, over the visible keys j: key j is visible to query i iff its
+/// position `k_start + j` is not after `q_start + i` and, with a window, less than `window`
+/// positions before it.
+///
+/// Scores, softmax and sums are f32. A query that sees no key gets zeros. A query's result does
+/// not depend, to the last bit, on the other queries and jobs, on keys that it does not see, on
+/// how keys are cut into pages, or on the number of threads.
+///
+/// # Panics
+/// When a width or a number of heads is 0, query heads are not a multiple of key/value heads, a
+/// slice is not as long as the numbers say, or a position is larger than `usize::MAX - 1`.
+pub fn attend_packed(jobs: &mut [AttentionJob<'_>]) {
+    jobs.iter().for_each(AttentionJob::check);
+    schedule::run(jobs, crate::dispatch::backend());
+}
+
+/// [`attend_packed`] for one head of one sequence whose keys and values are f32 and lie in one
+/// piece: `q` and `out` are `[l, head_dim]`, `keys` and `values` `[s, head_dim]`.
+///
+/// # Panics
+/// As [`attend_packed`], or when a slice is not a whole number of rows.
+pub fn attend(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape, out: &mut [f32]) {
+    let d = shape.head_dim;
+    assert!(d > 0, "attend: head_dim is 0");
+    assert!(
+        keys.len() == values.len() && keys.len().is_multiple_of(d),
+        "attend: keys have {} elements, values {}; expected the same multiple of head_dim {d}",
+        keys.len(),
+        values.len()
+    );
+    let len = keys.len() / d;
+    let pages = [KvPage { keys, values }];
+    attend_packed(&mut [AttentionJob {
+        q,
+        out,
+        pages: KvPages::F32(if len == 0 { &[] } else { &pages }),
+        page_len: len,
+        len,
+        num_heads: 1,
+        num_kv_heads: 1,
+        shape,
+    }]);
+}
+
+/// Half precision, as bits, to f32: exact. NaN stays NaN.
+///
+/// # Panics
+/// When the slices differ in length.
+pub fn f16_to_f32(halves: &[u16], out: &mut [f32]) {
+    assert_eq!(halves.len(), out.len(), "f16_to_f32: lengths differ");
+    crate::dispatch::backend().widen(halves, out);
+}
+
+/// f32 to half precision, as bits: rounded to nearest, ties to even. What is finite stays finite:
+/// larger values than the largest half, 65504, become that.
+///
+/// # Panics
+/// When the slices differ in length.
+pub fn f32_to_f16(values: &[f32], out: &mut [u16]) {
+    assert_eq!(values.len(), out.len(), "f32_to_f16: lengths differ");
+    crate::dispatch::backend().narrow(values, out);
+}
+
+impl AttentionJob<'_> {
+    fn check(&self) {
+        let (h, k, d) = (self.num_heads, self.num_kv_heads, self.shape.head_dim);
+        assert!(d > 0, "attend: head_dim is 0");
+        assert!(
+            h > 0 && k > 0 && h.is_multiple_of(k),
+            "attend: {h} query heads cannot share {k} key/value heads"
+        );
+        let width = h.checked_mul(d);
+        assert!(
+            self.q.len() == self.out.len() && width.is_some_and(|w| self.q.len().is_multiple_of(w)),
+            "attend: q has {} elements, out {}; expected the same multiple of {h} heads of {d}",
+            self.q.len(),
+            self.out.len()
+        );
+        let page = k.checked_mul(self.page_len).and_then(|n| n.checked_mul(d));
+        let fits = |keys: usize, values: usize| Some(keys) == page && values == keys;
+        let (pages, fit) = match self.pages {
+            KvPages::F32(pages) => (
+                pages.len(),
+                pages.iter().all(|p| fits(p.keys.len(), p.values.len())),
+            ),
+            KvPages::F16(pages) => (
+                pages.len(),
+                pages.iter().all(|p| fits(p.keys.len(), p.values.len())),
+            ),
+        };
+        assert!(
+            fit,
+            "attend: a page does not hold {k} heads of {} positions of {d}",
+            self.page_len
+        );
+        assert!(
+            pages
+                .checked_mul(self.page_len)
+                .is_none_or(|room| self.len <= room),
+            "attend: {} keys in {pages} pages of {}",
+            self.len,
+            self.page_len
+        );
+        let (q_start, k_start) = (self.shape.q_start, self.shape.k_start);
+        assert!(
+            q_start.checked_add(self.q.len() + 1).is_some()
+                && k_start.checked_add(self.len + tile::TILE + 1).is_some(),
+            "attend: positions from {q_start} or {k_start} overflow"
+        );
+    }
+
+    /// Queries: l.
+    fn queries(&self) -> usize {
+        self.q.len() / (self.num_heads * self.shape.head_dim)
+    }
+
+    /// Query heads of a key/value head: g.
+    fn group(&self) -> usize {
+        self.num_heads / self.num_kv_heads
+    }
+}
+
+#[cfg(test)]
+mod tests;
