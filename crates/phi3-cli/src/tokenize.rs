@@ -1,7 +1,11 @@
 //! `phi3 tokenize`: a text as token ids.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, bail};
-use phi3::load_tokenizer;
+use phi3::hub::Checkpoint;
+use phi3::text::{Message, Tokenizer};
+use phi3::{load_template, load_tokenizer};
 
 use crate::args::{SourceArgs, open};
 use crate::{input, output};
@@ -17,11 +21,21 @@ pub struct Args {
     /// Add the tokens that the model's tokenizer puts before a text (BOS).
     #[arg(long)]
     add_special: bool,
+    /// Instead of a text, a conversation: a JSON array of {"role": …, "content": …}, as the model's
+    /// chat template renders it.
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["prompt", "add_special"])]
+    chat: Option<PathBuf>,
+    /// Leave out the opening of the assistant's turn with which a rendered conversation ends.
+    #[arg(long, requires = "chat")]
+    no_generation_prompt: bool,
+    /// Print the rendered conversation instead of its tokens.
+    #[arg(long, requires = "chat", conflicts_with = "json")]
+    rendered: bool,
     /// Print one JSON array of ids instead.
     #[arg(long)]
     json: bool,
     /// The other way: decode this JSON array of ids to text.
-    #[arg(long, value_name = "IDS", conflicts_with_all = ["prompt", "add_special", "json"])]
+    #[arg(long, value_name = "IDS", conflicts_with_all = ["prompt", "add_special", "chat", "json"])]
     decode: Option<String>,
 }
 
@@ -39,8 +53,19 @@ pub fn run(args: &Args) -> Result<()> {
         }
         return output::print(&format!("{}\n", tokenizer.decode(&ids, false)?));
     }
-    let text = input::prompt(args.prompt.as_deref())?;
-    let ids = tokenizer.encode(&text, args.add_special)?;
+    let ids = match &args.chat {
+        Some(path) => {
+            let rendered = render(&checkpoint, &tokenizer, path, !args.no_generation_prompt)?;
+            if args.rendered {
+                return output::print(&rendered);
+            }
+            tokenizer.encode_chat(&rendered)?
+        }
+        None => {
+            let text = input::prompt(args.prompt.as_deref())?;
+            tokenizer.encode(&text, args.add_special)?
+        }
+    };
     if args.json {
         return output::print(&format!("{}\n", serde_json::to_string(&ids)?));
     }
@@ -50,4 +75,23 @@ pub fn run(args: &Args) -> Result<()> {
         lines.push_str(&format!("{id:>7}  {}\n", token.escape_debug()));
     }
     output::print(&lines)
+}
+
+/// The conversation in `path` as one text.
+fn render(
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    path: &Path,
+    add_generation_prompt: bool,
+) -> Result<String> {
+    let name = path.display();
+    let json = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
+    let messages: Vec<Message> = serde_json::from_str(&json).with_context(|| {
+        format!("{name} must be a JSON array of messages with role and content")
+    })?;
+    let template = load_template(checkpoint, Some(tokenizer))?;
+    let template = template.ok_or_else(|| phi3::Error::NoChatTemplate {
+        origin: checkpoint.origin.clone(),
+    })?;
+    Ok(template.render(&messages, add_generation_prompt)?)
 }

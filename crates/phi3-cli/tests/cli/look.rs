@@ -356,3 +356,23 @@ fn paths_with_spaces_and_letters_of_all_kinds() -> Result<()> {
     ensure!(text.contains("my modèl 模型"), "{text}");
     Ok(())
 }
+
+#[test]
+fn a_conversation_is_rendered_and_tokenized() -> Result<()> {
+    let tiny = Tiny::new()?;
+    let file = tiny.file("talk.json");
+    let talk =
+        json!([{ "role": "user", "content": "hi" }, { "role": "assistant", "content": "ho" }]);
+    std::fs::write(&file, talk.to_string())?;
+    let file = arg(&file);
+    let open = "<|user|>\nhi<|end|>\n<|assistant|>\nho<|end|>\n";
+    let rendered = stdout(tiny.args("tokenize", &["--chat", &file, "--rendered"]))?;
+    ensure!(rendered == format!("{open}<|assistant|>\n"), "{rendered:?}");
+    let bare = ["--chat", &file, "--rendered", "--no-generation-prompt"];
+    ensure!(stdout(tiny.args("tokenize", &bare))? == open);
+    let ids = stdout(tiny.args("tokenize", &["--chat", &file, "--json"]))?;
+    let text = stdout(tiny.args("tokenize", &["--decode", ids.trim()]))?;
+    ensure!(text.trim_end() == rendered.trim_end(), "{text:?}");
+    std::fs::write(tiny.file("talk.json"), "{}")?;
+    run(tiny.args("tokenize", &["--chat", &file]))?.says(FAILED, &["talk.json", "JSON array"])
+}
