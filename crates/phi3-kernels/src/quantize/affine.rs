@@ -87,7 +87,11 @@ pub(super) fn rounded<const N: usize>(
     offset: f32,
     top: f32,
 ) -> [f32; N] {
-    x.map(|x| round(((x - offset) * inverse).clamp(0.0, top)))
+    let mut q = [0.0; N];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = round(((x - offset) * inverse).max(0.0).min(top));
+    }
+    q
 }
 
 #[inline(always)]

@@ -2,6 +2,7 @@
 
 use crate::scalar::f16_to_f32;
 
+#[inline(always)]
 pub(super) fn f32(x: &[f32], out: &mut [u8]) {
     let (outs, _) = out.as_chunks_mut();
     for (x, out) in x.iter().zip(outs) {
@@ -9,6 +10,7 @@ pub(super) fn f32(x: &[f32], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn f16(x: &[f32], out: &mut [u8]) {
     let (outs, _) = out.as_chunks_mut();
     for (x, out) in x.iter().zip(outs) {
@@ -16,6 +18,7 @@ pub(super) fn f16(x: &[f32], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn bf16(x: &[f32], out: &mut [u8]) {
     let (outs, _) = out.as_chunks_mut();
     for (x, out) in x.iter().zip(outs) {
@@ -24,12 +27,14 @@ pub(super) fn bf16(x: &[f32], out: &mut [u8]) {
 }
 
 /// A factor as it will be read: rounded to half precision. `d` is finite and at most [`super::LARGEST`].
+#[inline(always)]
 pub(super) fn factor(d: f32) -> (u16, f32) {
     let half = to_f16(d);
     (half, f16_to_f32(half))
 }
 
 /// Single precision to half, to nearest, ties to even; too large becomes infinite.
+#[inline(always)]
 fn to_f16(x: f32) -> u16 {
     let bits = x.to_bits();
     let sign = (bits >> 16) as u16 & 0x8000;
@@ -52,6 +57,7 @@ fn to_f16(x: f32) -> u16 {
 }
 
 /// Single precision to its upper half, to nearest, ties to even.
+#[inline(always)]
 fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     if x.is_nan() {

@@ -8,6 +8,7 @@ use super::{LARGEST, SMALLEST, round};
 
 type Weights = [f32; 256];
 
+#[inline(always)]
 pub(super) fn q2_k(x: &Weights, w: &Weights, out: &mut [u8; 84]) {
     let block = Block::<16, 16>::encode(x, w, 3.0, 15.0);
     for (out, (scale, min)) in out.iter_mut().zip(block.scales.iter().zip(&block.mins)) {
@@ -22,6 +23,7 @@ pub(super) fn q2_k(x: &Weights, w: &Weights, out: &mut [u8; 84]) {
     out[82..].copy_from_slice(&block.dmin.to_le_bytes());
 }
 
+#[inline(always)]
 pub(super) fn q4_k(x: &Weights, w: &Weights, out: &mut [u8; 144]) {
     let block = Block::<32, 8>::encode(x, w, 15.0, 63.0);
     block.put_factors(&mut out[..16]);
@@ -33,6 +35,7 @@ pub(super) fn q4_k(x: &Weights, w: &Weights, out: &mut [u8; 144]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn q5_k(x: &Weights, w: &Weights, out: &mut [u8; 176]) {
     let block = Block::<32, 8>::encode(x, w, 31.0, 63.0);
     block.put_factors(&mut out[..16]);
@@ -122,6 +125,7 @@ impl<const LEN: usize, const GROUPS: usize> Block<LEN, GROUPS> {
     }
 
     /// The 16 bytes of factors, scales and minima that Q4_K and Q5_K begin with.
+    #[inline(always)]
     fn put_factors(&self, out: &mut [u8]) {
         out[..2].copy_from_slice(&self.d.to_le_bytes());
         out[2..4].copy_from_slice(&self.dmin.to_le_bytes());

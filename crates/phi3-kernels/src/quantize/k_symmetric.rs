@@ -10,6 +10,7 @@ type Weights = [f32; 256];
 /// Groups of a block, and weights of a group.
 const GROUP: usize = 16;
 
+#[inline(always)]
 pub(super) fn q3_k(x: &Weights, w: &Weights, out: &mut [u8; 110]) {
     let block = Block::encode(x, w, 4.0, 32.0);
     let q = block.q.map(|q| (q + 4.0) as u8);
@@ -27,6 +28,7 @@ pub(super) fn q3_k(x: &Weights, w: &Weights, out: &mut [u8; 110]) {
     out[108..].copy_from_slice(&block.d.to_le_bytes());
 }
 
+#[inline(always)]
 pub(super) fn q6_k(x: &Weights, w: &Weights, out: &mut [u8; 210]) {
     let block = Block::encode(x, w, 32.0, 128.0);
     let q = block.q.map(|q| (q + 32.0) as u8);

@@ -59,7 +59,11 @@ pub(super) fn fit<const N: usize>(x: &[f32; N], w: &[f32; N], half: f32) -> Scal
 /// The whole numbers nearest to `x * inverse`, from `-half` to `half - 1`.
 #[inline(always)]
 pub(super) fn rounded<const N: usize>(x: &[f32; N], inverse: f32, half: f32) -> [f32; N] {
-    x.map(|x| round((x * inverse).clamp(-half, half - 1.0)))
+    let mut q = [0.0; N];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = round((x * inverse).max(-half).min(half - 1.0));
+    }
+    q
 }
 
 /// `sum w x q` and `sum w q²`, in eight partial sums.
