@@ -31,6 +31,7 @@ mod hub;
 )]
 mod mapping;
 mod names;
+pub mod quantize;
 pub mod safetensors;
 mod source;
 

@@ -9,6 +9,7 @@
 mod config;
 mod container;
 mod error;
+pub(crate) mod export;
 mod keys;
 mod merges;
 mod names;

@@ -78,6 +78,17 @@ impl PreTokenizer {
         })
     }
 
+    /// The name of the rule that a `pre_tokenizer` of `tokenizer.json` follows; `None` if llama.cpp
+    /// has none. Llama 3 and DBRX split alike and differ in `ignore_merges`.
+    pub fn recognize(json: &Json, ignore_merges: bool) -> Option<&'static str> {
+        let found = Shape::of(json)?;
+        let mut rules = NAMES.iter().filter(|(_, rule)| {
+            rule.ignore_merges() == ignore_merges
+                && Shape::of(&rule.to_json()).as_ref() == Some(&found)
+        });
+        rules.next().map(|(name, _)| *name)
+    }
+
     /// The `pre_tokenizer` of `tokenizer.json`: splits, then spells each word's bytes as the
     /// vocabulary does.
     pub fn to_json(self) -> Json {
@@ -109,6 +120,46 @@ impl PreTokenizer {
     /// Whether bos is put first when the file does not say.
     pub fn adds_bos(self) -> bool {
         self == PreTokenizer::LlamaBpe
+    }
+}
+
+/// What a byte-level `pre_tokenizer` does, however it is written.
+#[derive(Debug, PartialEq, Eq)]
+struct Shape {
+    /// Expressions that cut words out, in turn.
+    splits: Vec<String>,
+}
+
+impl Shape {
+    /// `None` for steps that no byte-level rule has.
+    fn of(json: &Json) -> Option<Self> {
+        let steps = match json["pretokenizers"].as_array() {
+            Some(steps) => steps.as_slice(),
+            None => std::slice::from_ref(json),
+        };
+        let (last, steps) = steps.split_last()?;
+        if last["type"] != "ByteLevel" || last["add_prefix_space"] == true {
+            return None;
+        }
+        let mut splits = Vec::new();
+        for step in steps {
+            let kind = step["type"].as_str()?;
+            let isolates = step["behavior"] == "Isolated" && step["invert"] != true;
+            // The expressions here match every character, so that nothing lies between matches.
+            let keeps_matches = step["behavior"] == "Removed" && step["invert"] == true;
+            match kind {
+                "Split" if isolates || keeps_matches => {
+                    splits.push(step["pattern"]["Regex"].as_str()?.to_owned());
+                }
+                "Digits" if step["individual_digits"] == true => splits.push(r"\p{N}".to_owned()),
+                _ => return None,
+            }
+        }
+        // GPT-2's own expression is what ByteLevel uses unless told not to, which is the default.
+        if last["use_regex"] != false {
+            splits.push(GPT2.to_owned());
+        }
+        Some(Self { splits })
     }
 }
 
@@ -278,6 +329,34 @@ mod tests {
                 split_by(smollm.clone(), &text),
                 "{text:?}"
             );
+        }
+    }
+
+    #[test]
+    fn rules_are_recognized_in_every_spelling() {
+        for (name, rule) in NAMES {
+            let found = PreTokenizer::recognize(&rule.to_json(), rule.ignore_merges()).unwrap();
+            assert_eq!(PreTokenizer::from_name(found).unwrap(), rule, "{name}");
+        }
+        let recognize = |json: Json| PreTokenizer::recognize(&json, false);
+        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false});
+        assert_eq!(recognize(byte_level.clone()), Some("gpt-2"));
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let smollm = json!({"type": "Sequence", "pretokenizers": [digits, byte_level]});
+        assert_eq!(recognize(smollm), Some("smollm"));
+        let last = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
+        let phi4 = json!({
+            "type": "Split", "pattern": {"Regex": O200K}, "behavior": "Removed", "invert": true,
+        });
+        let phi4 = json!({"type": "Sequence", "pretokenizers": [phi4, last]});
+        assert_eq!(recognize(phi4), Some("gpt-4o"));
+        for other in [
+            json!(null),
+            json!({"type": "Whitespace"}),
+            json!({"type": "ByteLevel", "add_prefix_space": true}),
+            json!({"type": "Sequence", "pretokenizers": [split(r"\w+"), last]}),
+        ] {
+            assert_eq!(recognize(other), None);
         }
     }
 

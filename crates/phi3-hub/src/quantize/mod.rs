@@ -1,0 +1,275 @@
+//! A checkpoint becomes a GGUF file, or a source of the same weights in fewer bits.
+//!
+//! [`write_gguf`] streams a model tensor by tensor into a file that llama.cpp reads too;
+//! [`QuantizedSource`] gives the same bytes, encoded when they are asked for, to a model that is
+//! being loaded. Which tensor gets which type is a [`Mix`].
+
+mod encode;
+mod error;
+mod mix;
+mod plan;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use phi3_nn::{Bytes, StoredTensor, TensorSource};
+use serde_json::Value as Json;
+
+use crate::Checkpoint;
+use crate::gguf::{PlannedTensor, TensorSink, Writer, export};
+use encode::Job;
+use plan::Plan;
+
+pub use error::{Error, Result};
+pub use mix::{Mix, ParseMixError};
+pub use plan::Importance;
+
+/// How to write a file.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Replaces a file that exists.
+    pub force: bool,
+    /// Leaves tokenizer and chat template out.
+    pub without_tokenizer: bool,
+    /// How much each column of each matrix matters.
+    pub importance: Option<Importance>,
+}
+
+/// A file that was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Tensors in the file.
+    pub tensors: usize,
+    /// Bytes of their data.
+    pub bytes: u64,
+    /// Number of weights.
+    pub weights: u64,
+}
+
+/// Hears how far writing is: a tensor comes next, after so many bytes of so many. What it returns
+/// says whether to go on.
+pub type OnProgress<'a> = dyn FnMut(&PlannedTensor, u64, u64) -> ControlFlow<()> + 'a;
+
+/// Writes `checkpoint` as a GGUF file of architecture `phi3`, as llama.cpp's converter and quantizer
+/// would. The file appears under `path` when it is complete; until then, and after an error, what
+/// was there stays. Besides the mapped checkpoint a few megabytes are in memory.
+///
+/// # Errors
+/// [`Error`], naming the field, tensor or file. All but weights that a type cannot hold is found
+/// before the first byte is written.
+pub fn write_gguf(
+    checkpoint: &Checkpoint,
+    mix: Mix,
+    path: &Path,
+    options: &Options,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<Summary> {
+    refuse_existing(checkpoint, path, options.force)?;
+    let plan = Plan::new(
+        checkpoint.weights.as_ref(),
+        &checkpoint.config,
+        mix,
+        options.importance.as_ref(),
+    )?;
+    warn_if_quantized(checkpoint);
+    let mut writer = Writer::new();
+    let metadata = export::model(&checkpoint.config, &model_name(checkpoint), mix.file_type())
+        .map_err(Error::Config)?;
+    for (key, value) in metadata.values {
+        writer.set(key, value);
+    }
+    if !options.without_tokenizer {
+        for (key, value) in export::tokenizer(checkpoint).map_err(Error::Tokenizer)? {
+            writer.set(key, value);
+        }
+    }
+    for tensor in plan.tensors() {
+        writer.add_tensor(tensor.gguf.as_str(), &tensor.shape, tensor.block_type)?;
+    }
+    for (name, factors) in &metadata.rope_factors {
+        writer.add_tensor(*name, &[factors.len()], phi3_kernels::BlockType::F32)?;
+    }
+    let total = writer.tensors().iter().map(|tensor| tensor.size).sum();
+    let mut done = 0;
+    writer.write(path, |planned, sink| -> Result<()> {
+        if on_progress(planned, done, total).is_break() {
+            return Err(Error::Interrupted);
+        }
+        match metadata
+            .rope_factors
+            .iter()
+            .find(|(name, _)| *name == planned.name)
+        {
+            Some((_, factors)) => {
+                for factor in factors {
+                    sink.write(&factor.to_le_bytes())?;
+                }
+            }
+            None => fill(checkpoint, &plan, options, planned, sink)?,
+        }
+        done += planned.size;
+        Ok(())
+    })?;
+    let weights = |tensor: &PlannedTensor| tensor.shape.iter().map(|n| *n as u64).product::<u64>();
+    Ok(Summary {
+        tensors: writer.tensors().len(),
+        bytes: total,
+        weights: writer.tensors().iter().map(weights).sum(),
+    })
+}
+
+fn fill(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    options: &Options,
+    planned: &PlannedTensor,
+    sink: &mut TensorSink<'_>,
+) -> Result<()> {
+    let Some(entry) = plan
+        .tensors()
+        .iter()
+        .find(|entry| entry.gguf == planned.name)
+    else {
+        return Err(Error::MissingTensor {
+            tensor: planned.name.clone(),
+            origin: checkpoint.origin.clone(),
+        });
+    };
+    let tensor = plan::read(checkpoint.weights.as_ref(), &entry.hf)?;
+    let importance = options.importance.as_ref();
+    Job {
+        name: &entry.hf,
+        tensor: &tensor,
+        to: entry.block_type,
+        importance: importance.and_then(|all| all.of(&entry.hf)),
+    }
+    .run(|bytes| Ok(sink.write(bytes)?))
+}
+
+/// The weights of another source in fewer bits, encoded tensor by tensor when they are asked for:
+/// the same bytes as in the file that [`write_gguf`] makes.
+pub struct QuantizedSource {
+    inner: Arc<dyn TensorSource>,
+    plan: Plan,
+    importance: Option<Importance>,
+}
+
+impl QuantizedSource {
+    /// The weights of `checkpoint`, a model of `model_type` phi3.
+    ///
+    /// # Errors
+    /// [`Error`] for a model that [`write_gguf`] would refuse.
+    pub fn new(checkpoint: &Checkpoint, mix: Mix, importance: Option<Importance>) -> Result<Self> {
+        let plan = Plan::new(
+            checkpoint.weights.as_ref(),
+            &checkpoint.config,
+            mix,
+            importance.as_ref(),
+        )?;
+        warn_if_quantized(checkpoint);
+        Ok(Self {
+            inner: Arc::clone(&checkpoint.weights),
+            plan,
+            importance,
+        })
+    }
+
+    fn encode(&self, entry: &plan::Entry) -> Result<StoredTensor> {
+        let tensor = plan::read(self.inner.as_ref(), &entry.hf)?;
+        let parts = tensor.parts();
+        if parts.iter().all(|part| part.block_type == entry.block_type) {
+            return Ok(tensor);
+        }
+        let bytes = Job {
+            name: &entry.hf,
+            tensor: &tensor,
+            to: entry.block_type,
+            importance: self.importance.as_ref().and_then(|all| all.of(&entry.hf)),
+        }
+        .to_vec()?;
+        StoredTensor::new(entry.shape.clone(), entry.block_type, Bytes::from(bytes)).map_err(
+            |error| Error::Tensor {
+                tensor: entry.hf.clone(),
+                detail: error.to_string(),
+            },
+        )
+    }
+}
+
+impl TensorSource for QuantizedSource {
+    fn tensor(
+        &self,
+        name: &str,
+    ) -> std::result::Result<Option<StoredTensor>, Box<dyn std::error::Error + Send + Sync>> {
+        match self.plan.tensors().iter().find(|entry| entry.hf == name) {
+            Some(entry) => Ok(Some(self.encode(entry)?)),
+            None => Ok(None),
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.plan.tensors().iter().map(|e| e.hf.clone()).collect();
+        names.sort();
+        names
+    }
+
+    fn origin(&self) -> String {
+        self.inner.origin()
+    }
+}
+
+/// A file that is being read through a mapping must stay, and one that somebody made should.
+fn refuse_existing(checkpoint: &Checkpoint, path: &Path, force: bool) -> Result<()> {
+    if let (Ok(output), Ok(input)) = (
+        path.canonicalize(),
+        Path::new(&checkpoint.origin).canonicalize(),
+    ) && output == input
+    {
+        return Err(Error::SameFile {
+            path: path.to_owned(),
+        });
+    }
+    if !force && path.symlink_metadata().is_ok() {
+        return Err(Error::Exists {
+            path: path.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// Rounding twice costs quality that nobody sees in the file.
+fn warn_if_quantized(checkpoint: &Checkpoint) {
+    let float = ["F64", "F32", "F16", "BF16", "I64"];
+    let quantized = |t: &&crate::TensorEntry| !float.contains(&t.dtype.to_uppercase().as_str());
+    if let Some(tensor) = checkpoint.tensors.iter().find(quantized) {
+        tracing::warn!(
+            tensor = tensor.name,
+            dtype = tensor.dtype,
+            "the model is quantized already: quantizing it again loses more than quantizing the original"
+        );
+    }
+}
+
+/// What people call the model: the name in its config, or that of its folder or file.
+fn model_name(checkpoint: &Checkpoint) -> String {
+    let named = ["_name_or_path", "name_or_path"]
+        .into_iter()
+        .find_map(|key| checkpoint.config.get(key).and_then(Json::as_str))
+        .filter(|name| !name.is_empty() && name.len() < 100);
+    let origin = Path::new(&checkpoint.origin);
+    let stem = if origin
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+    {
+        origin.file_stem()
+    } else {
+        origin.file_name()
+    };
+    let stem = stem.map(|name| name.to_string_lossy().into_owned());
+    let name = named.map(str::to_owned).or(stem).unwrap_or_default();
+    name.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! All tensors of a model with the types they shall have, in file order.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use phi3_kernels::BlockType;
+use phi3_nn::{StoredTensor, TensorSource};
+use serde_json::Value as Json;
+
+use super::error::{Error, Result};
+use super::mix::{Matrix, Mix};
+use crate::gguf::gguf_name;
+
+/// How much the columns of matrices matter: the mean square of the activation that meets each, by
+/// the Hugging Face name of the layer (`model.layers.0.mlp.down_proj`).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Importance(BTreeMap<String, Vec<f32>>);
+
+impl Importance {
+    /// No layer's importance is known.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the importance of a layer's columns.
+    pub fn insert(&mut self, layer: impl Into<String>, columns: Vec<f32>) {
+        self.0.insert(layer.into(), columns);
+    }
+
+    /// Number of layers whose importance is known.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether no layer's is.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn of(&self, tensor: &str) -> Option<&[f32]> {
+        let layer = tensor.strip_suffix(".weight").unwrap_or(tensor);
+        self.0.get(layer).map(Vec::as_slice)
+    }
+}
+
+/// A tensor of the plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub hf: String,
+    pub gguf: String,
+    pub shape: Vec<usize>,
+    pub block_type: BlockType,
+}
+
+/// What a file will hold.
+#[derive(Clone, Debug)]
+pub(super) struct Plan(Vec<Entry>);
+
+impl Plan {
+    /// # Errors
+    /// A tensor that is missing or has no place.
+    pub fn new(
+        source: &dyn TensorSource,
+        config: &Json,
+        mix: Mix,
+        importance: Option<&Importance>,
+    ) -> Result<Self> {
+        let model_type = config.get("model_type").and_then(Json::as_str);
+        if model_type != Some("phi3") {
+            return Err(Error::Config(format!(
+                "model_type {:?} cannot be quantized, only \"phi3\"",
+                model_type.unwrap_or("(none)")
+            )));
+        }
+        let layers = config.get("num_hidden_layers").and_then(Json::as_u64);
+        let layers = layers
+            .and_then(|layers| usize::try_from(layers).ok())
+            .ok_or_else(|| Error::Config("num_hidden_layers is no number".to_owned()))?;
+        let tied = config.get("tie_word_embeddings").and_then(Json::as_bool) == Some(true);
+        let names: BTreeSet<String> = source.names().into_iter().collect();
+        let wanted = expected(layers, tied, &names, source)?;
+        let ignored =
+            |name: &str| name.ends_with("rotary_emb.inv_freq") || tied && name == "lm_head.weight";
+        for name in &names {
+            if !wanted.contains(name) && !ignored(name) {
+                return Err(Error::UnexpectedTensor {
+                    tensor: name.clone(),
+                    origin: source.origin(),
+                });
+            }
+        }
+        let mut entries = Vec::new();
+        for hf in wanted {
+            let tensor = read(source, &hf)?;
+            let gguf = gguf_name(&hf).ok_or_else(|| Error::UnexpectedTensor {
+                tensor: hf.clone(),
+                origin: source.origin(),
+            })?;
+            let shape = tensor.shape().to_vec();
+            let columns = tensor.columns();
+            let known = importance.and_then(|all| all.of(&hf));
+            if let Some(known) = known
+                && known.len() != columns
+            {
+                return Err(Error::Tensor {
+                    tensor: hf,
+                    detail: format!(
+                        "the importance of {} columns is known, but it has {columns}",
+                        known.len()
+                    ),
+                });
+            }
+            let layer = gguf
+                .strip_prefix("blk.")
+                .and_then(|rest| rest.split('.').next()?.parse().ok());
+            let block_type = if shape.len() < 2 {
+                BlockType::F32
+            } else {
+                mix.block_type(Matrix {
+                    name: &gguf,
+                    columns,
+                    layer,
+                    layers,
+                    tied,
+                    importance: known.is_some(),
+                })
+            };
+            entries.push(Entry {
+                hf,
+                gguf,
+                shape,
+                block_type,
+            });
+        }
+        Ok(Self(entries))
+    }
+
+    pub fn tensors(&self) -> &[Entry] {
+        &self.0
+    }
+}
+
+/// Every tensor of a model, in the order of the file.
+///
+/// # Errors
+/// The first that is missing: no more names are made up than the source has.
+fn expected(
+    layers: usize,
+    tied: bool,
+    names: &BTreeSet<String>,
+    source: &dyn TensorSource,
+) -> Result<Vec<String>> {
+    const LAYER: [&str; 6] = [
+        "input_layernorm",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    ];
+    let mut wanted = Vec::new();
+    let mut want = |name: String| {
+        if names.contains(&name) {
+            wanted.push(name);
+            Ok(())
+        } else {
+            Err(Error::MissingTensor {
+                tensor: name,
+                origin: source.origin(),
+            })
+        }
+    };
+    want("model.embed_tokens.weight".to_owned())?;
+    for layer in 0..layers {
+        for name in LAYER {
+            want(format!("model.layers.{layer}.{name}.weight"))?;
+        }
+    }
+    want("model.norm.weight".to_owned())?;
+    if !tied {
+        want("lm_head.weight".to_owned())?;
+    }
+    Ok(wanted)
+}
+
+/// A tensor that must be there.
+///
+/// # Errors
+/// [`Error::MissingTensor`] or [`Error::Tensor`].
+pub(super) fn read(source: &dyn TensorSource, name: &str) -> Result<StoredTensor> {
+    match source.tensor(name) {
+        Ok(Some(tensor)) => Ok(tensor),
+        Ok(None) => Err(Error::MissingTensor {
+            tensor: name.to_owned(),
+            origin: source.origin(),
+        }),
+        Err(error) => Err(Error::Tensor {
+            tensor: name.to_owned(),
+            detail: error.to_string(),
+        }),
+    }
+}
