@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::ValueEnum;
+use phi3::hub::quantize::Mix;
 use phi3::hub::{Checkpoint, HubOptions, Source, TerminalProgress};
 use phi3::{ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
 
@@ -86,6 +87,9 @@ pub struct ComputeArgs {
         value_name = "f32|f16|bf16"
     )]
     pub dtype: Option<DTypeArg>,
+    /// Store the weights in fewer bits while they are loaded, as `phi3 quantize` does: Q4_0, Q4_K_M, …
+    #[arg(long, value_name = "TYPE")]
+    pub quantize: Option<Mix>,
     /// Run a checkpoint without LongRoPE factors beyond its trained length: power:TOKENS or
     /// piecewise:TOKENS.
     #[arg(long, value_name = "RULE:TOKENS")]
@@ -140,6 +144,7 @@ pub fn load(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel>
         dtype: compute.dtype.map(DType::from),
         revision: source.hub.revision.clone(),
         extend: compute.extend_context,
+        quantize: compute.quantize,
         hub: Some(source.hub.options()),
     };
     let begun = Instant::now();

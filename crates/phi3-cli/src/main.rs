@@ -7,12 +7,14 @@
 mod args;
 mod chat;
 mod download;
+mod eval;
 mod generate;
 mod input;
 mod inspect;
 mod interrupt;
 mod logits;
 mod output;
+mod quantize;
 mod sampling;
 mod system;
 mod tokenize;
@@ -47,6 +49,10 @@ enum Command {
     Tokenize(tokenize::Args),
     /// Write the logits of given token ids, for comparison with another implementation.
     Logits(logits::Args),
+    /// Write a model as one GGUF file, in fewer bits.
+    Quantize(quantize::Args),
+    /// Measure how good a model is.
+    Eval(Box<eval::Args>),
     /// Print a completion script for a shell.
     ///
     /// For bash: phi3 completions bash > ~/.local/share/bash-completion/completions/phi3
@@ -81,6 +87,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "phi3", &mut script);

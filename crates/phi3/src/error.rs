@@ -27,6 +27,15 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// Weights cannot be quantized as asked.
+    #[error(transparent)]
+    Quantize(#[from] phi3_hub::quantize::Error),
+    /// Two models cannot be compared as asked.
+    #[error("cannot compare: {reason}")]
+    Evaluation {
+        /// Why not.
+        reason: String,
+    },
     /// The checkpoint has weights but no tokenizer.
     #[error(
         "{origin} has no tokenizer (tokenizer.json, or a vocabulary in the GGUF file); token ids can still be used"

@@ -24,7 +24,9 @@
 mod auto;
 mod chat;
 mod error;
+pub mod eval;
 mod extend;
+mod importance;
 mod model;
 
 pub use phi3_hub as hub;
@@ -35,6 +37,7 @@ pub use auto::ModelConfig;
 pub use chat::{Answer, Chat, ChatSettings};
 pub use error::{Error, Result};
 pub use extend::ContextExtension;
+pub use importance::importance;
 pub use model::{LanguageModel, LoadOptions, load, load_template, load_tokenizer, load_with};
 pub use phi3_kernels::{argmax, backend_name, check_environment, num_threads, set_num_threads};
 pub use phi3_nn::DeviceSpec;

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::DType;
+use phi3_hub::quantize::{Mix, QuantizedSource};
 use phi3_hub::{Checkpoint, HubOptions, Source};
 use phi3_nn::device::default_dtype;
-use phi3_nn::{CausalLm, DeviceSpec, Weights};
+use phi3_nn::{CausalLm, DeviceSpec, TensorSource, Weights};
 use phi3_text::generate::{Completion, complete};
 use phi3_text::stop::stop_ids;
 use phi3_text::{ChatTemplate, Request, SamplingParams, SpecialTokens, Tokenizer};
@@ -28,6 +29,9 @@ pub struct LoadOptions {
     pub revision: Option<String>,
     /// Runs a checkpoint without LongRoPE factors beyond its trained length.
     pub extend: Option<ContextExtension>,
+    /// Stores the weights in fewer bits than the checkpoint does, tensor by tensor while they are
+    /// loaded: the same bytes that a file written by `phi3_hub::quantize` has.
+    pub quantize: Option<Mix>,
     /// How to reach the hub; `None` follows the environment (`HF_HOME`, `HF_TOKEN`, …).
     pub hub: Option<HubOptions>,
 }
@@ -76,7 +80,11 @@ impl LanguageModel {
         };
         let device = options.device.open()?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let weights = Weights::new(Arc::clone(&checkpoint.weights), device, dtype);
+        let source: Arc<dyn TensorSource> = match options.quantize {
+            Some(mix) => Arc::new(QuantizedSource::new(checkpoint, mix, None)?),
+            None => Arc::clone(&checkpoint.weights),
+        };
+        let weights = Weights::new(source, device, dtype);
         let model = config.build(weights.clone())?;
         for name in weights.unused() {
             tracing::debug!(tensor = name, "not needed by this model");
