@@ -1,6 +1,7 @@
 //! Ctrl-C: ends the answer that is running; where none is, the program.
 
 use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use phi3::text::CancelToken;
@@ -24,6 +25,9 @@ struct State {
 
 /// What a shell expects of a program that Ctrl-C ended: 128 + SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
+
+/// How long Ctrl-C may seem to do nothing: a step over a long prompt can take longer.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// From now on Ctrl-C cancels this answer; pressed again before the answer has stopped it ends the
 /// program, in a conversation after a warning.
@@ -85,7 +89,16 @@ fn pressed() {
     running.cancel();
     state.presses += 1;
     match (state.in_chat, state.presses) {
-        (_, 1) => {}
+        (_, 1) => {
+            // Not in this thread, which takes the next press.
+            std::thread::spawn(|| {
+                std::thread::sleep(PATIENCE);
+                let state = self::state();
+                if state.running.is_some() && state.presses == 1 {
+                    output::note("(stopping after the step under way)");
+                }
+            });
+        }
         (true, 2) => output::note("(stopping; Ctrl-C once more ends the program)"),
         _ => std::process::exit(EXIT_INTERRUPTED),
     }

@@ -130,6 +130,16 @@ pub fn report(error: &anyhow::Error) {
     for cause in lines {
         note(&format!("  because: {cause}"));
     }
+    let too_long = |cause: &(dyn std::error::Error + 'static)| {
+        let text = match cause.downcast_ref::<phi3::Error>() {
+            Some(phi3::Error::Text(text)) => Some(text),
+            _ => cause.downcast_ref::<phi3::text::Error>(),
+        };
+        matches!(text, Some(phi3::text::Error::PromptTooLong { .. }))
+    };
+    if error.chain().any(too_long) {
+        note("  what helps: a shorter prompt, or --extend-context");
+    }
 }
 
 /// 2 for wrong usage, 3 where the model's files could not be had, 1 for anything else.

@@ -280,7 +280,8 @@ fn a_prompt_that_is_too_long_is_said() -> Result<()> {
     let tiny = Tiny::new()?;
     let long = "xyz ".repeat(1100);
     let args = tiny.args("generate", &["--max-new-tokens", "1"]);
-    run_with(long.as_bytes(), &mut command(&args))?.says(FAILED, &["4406 tokens", "4096"])?;
+    run_with(long.as_bytes(), &mut command(&args))?
+        .says(FAILED, &["4406 tokens", "4096", "--extend-context"])?;
     run_with(b"", &mut command(tiny.args("generate", &["--raw"])))?
         .says(FAILED, &["the prompt has no token"])
 }

@@ -8,4 +8,6 @@ mod hub;
 mod library;
 mod look;
 mod support;
+#[cfg(target_os = "linux")]
+mod terminal;
 mod tiny;
