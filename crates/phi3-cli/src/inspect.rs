@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::args::{PositionalSourceArgs, open};
 use crate::output;
 
-/// Prints architecture, parameters, context, rope, quantisation, size and estimated memory.
+/// Prints architecture, parameters, context, rope, quantization, size and estimated memory.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -39,7 +39,7 @@ struct Cli {
 enum Command {
     /// Fetch a model from the hub into the local cache, and print where it is.
     Download(download::Args),
-    /// Show what a model is: architecture, size, quantisation, memory.
+    /// Show what a model is: architecture, size, quantization, memory.
     Inspect(inspect::Args),
     /// Continue a prompt, or answer it as one turn of a chat.
     Generate(generate::Args),
