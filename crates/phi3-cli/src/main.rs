@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
 mod chat;
 mod download;
 mod eval;
@@ -49,6 +50,8 @@ enum Command {
     Tokenize(tokenize::Args),
     /// Write the logits of given token ids, for comparison with another implementation.
     Logits(logits::Args),
+    /// Measure how fast a model is on this machine.
+    Bench(Box<bench::Args>),
     /// Write a model as one GGUF file, in fewer bits.
     Quantize(quantize::Args),
     /// Measure how good a model is.
@@ -87,6 +90,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Completions { shell } => {

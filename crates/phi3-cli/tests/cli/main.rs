@@ -1,5 +1,6 @@
 //! The program `phi3` as its users run it: arguments in; stdout, stderr, files and exit code out.
 
+mod bench;
 mod chat;
 mod errors;
 mod generate;
