@@ -1,7 +1,11 @@
 //! Which tensor is stored how: llama.cpp's presets.
 //!
 //! The rules are those of `llama_tensor_get_type` in llama.cpp's `llama-quant.cpp`, as far as they
-//! concern Phi-3's tensors.
+//! concern Phi-3's tensors, with two exceptions. The fused `attn_qkv` has the rules of its own with
+//! which the Phi-3 files in circulation were made (one type for all layers), while recent versions
+//! (llama-cpp-python 0.3.36) treat it like `attn_v`, finer in some layers and coarser in others. And
+//! where rows are no whole blocks of Q2_K or Q3_K, the substitute is IQ4_NL, of the same size as the
+//! Q4_0 that recent versions take and nearer.
 
 use std::fmt;
 use std::str::FromStr;
