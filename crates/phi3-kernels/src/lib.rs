@@ -31,6 +31,7 @@ mod block;
 mod dispatch;
 mod environment;
 mod ops;
+mod probe;
 mod quantize;
 mod scalar;
 #[doc(hidden)]
@@ -45,6 +46,7 @@ pub use attention::{
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use environment::{EnvironmentError, check_environment};
 pub use ops::{argmax, dequantize, gather_rows, matmul, rms_norm, rope, silu_mul};
+pub use probe::{InstructionSet, Probe, probe};
 pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};
 
