@@ -7,7 +7,9 @@
 Makes random models of a real shape (`phi3 bench --random`) or takes the files that are given, and
 runs every program on every file, one after the other, for each round again: what disturbs the
 machine for a while disturbs all. Prints a Markdown table of medians and ratios with processor, date,
-versions and threads; a peer that fails is left out of the table, and below it stands why.
+versions and threads; a peer that fails is left out of the table, and below it stands why. So does
+how much of the processors other programs took meanwhile: more than a few percent, and the figures
+say little, those of llama.cpp least, whose threads spin while they wait for one that is not running.
 
 llama.cpp is PyPI's llama-cpp-python 0.3.36, built from source into a virtual environment of its own
 (about 15 minutes, once; needs a C++ compiler), or whatever Python `--python` or PHI3_PEER_PYTHON
@@ -31,6 +33,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "0.3.36"
 OURS = "phi3"
+
+# The share of the processors that other programs may take without changing what is measured.
+QUIET = 0.05
 
 
 def main():
@@ -109,7 +114,9 @@ def measure(args, programs, files, tests, failures):
                     continue
                 note(f"round {turn + 1} of {args.repeat}: {name} on {file.name}")
                 try:
+                    before = processor_seconds()
                     run = program.run(file, tests)
+                    run["others"] = share_of_others(before, processor_seconds())
                 except (subprocess.SubprocessError, OSError, ValueError) as error:
                     failures[name] = f"failed on {file.name}: {reason(error)}"
                     note(f"{name} {failures[name]}")
@@ -148,10 +155,11 @@ def report(args, programs, files, tests, results, failures):
         for test in tests:
             n_prompt, n_gen, depth, batch = test
             label = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
-            speeds = {name: median(of[name].get(test)) for name in programs}
-            cells = [file.stem, label, depth, batch, figure(speeds[OURS])]
+            rounds = {name: of[name].get(test, []) for name in programs}
+            speeds = {name: median(values) for name, values in rounds.items()}
+            cells = [file.stem, label, depth, batch, spread(rounds[OURS])]
             for name in peers:
-                cells += [figure(speeds[name]), figure(ratio(speeds[OURS], speeds[name]))]
+                cells += [spread(rounds[name]), figure(ratio(speeds[OURS], speeds[name]))]
             lines.append(row(cells))
         for label, key, unit in (
             ("load to first token, s", "first_token", 1),
@@ -165,6 +173,14 @@ def report(args, programs, files, tests, results, failures):
             for name in peers:
                 cells += [figure(values[name]), figure(ratio(values[OURS], values[name]))]
             lines.append(row(cells))
+    others = [(run["others"], name) for (_, name), of in results.items() for run in of["runs"]]
+    known = [it for it in others if it[0] is not None]
+    if known:
+        most, name = max(known)
+        verdict = "" if most < QUIET else ": measure again on a quiet machine"
+        lines.append(
+            f"\nOther programs took up to {most:.0%} of the processors (beside {name}){verdict}."
+        )
     lines += [f"\n{name} {why}." for name, why in failures.items()]
     return "\n".join(lines)
 
@@ -185,6 +201,13 @@ def figure(value):
     return "" if value is None else f"{value:.2f}"
 
 
+def spread(values):
+    """The median, and the ends where there are several."""
+    if len(values) < 2:
+        return figure(median(values))
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def processor():
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -193,6 +216,27 @@ def processor():
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def processor_seconds():
+    """Seconds of all processors, of those busy ones, and those of finished children."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")
+    user, nice, system, idle, wait, irq, softirq, steal = (int(f) / ticks for f in fields)
+    busy = user + nice + system + irq + softirq + steal
+    children = os.times()
+    return busy + idle + wait, busy, children.children_user + children.children_system
+
+
+def share_of_others(before, after):
+    """What other programs took of all processors between the two, or None if unknown."""
+    if before is None or after is None:
+        return None
+    total, busy, children = (b - a for a, b in zip(before, after))
+    return max(0.0, (busy - children) / total) if total > 0 else None
 
 
 def load():
@@ -244,9 +288,14 @@ class Ours:
             self.binary = target / "release/phi3"
 
     def version(self):
+        number = output([self.binary, "--version"], self.args).split()[-1]
+        if self.args.phi3:
+            # Whatever commit is checked out, the binary need not be of it.
+            made = datetime.datetime.fromtimestamp(self.binary.stat().st_mtime, datetime.timezone.utc)
+            return f"{number}, a binary of {made:%Y-%m-%d %H:%M} UTC"
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        done = subprocess.run(git, capture_output=True, text=True)
-        return done.stdout.strip() or output([self.binary, "--version"], self.args).strip()
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return f"{number}, commit {commit}" if commit else number
 
     def make(self, kind):
         command = [self.binary, "bench", "--random", self.args.shape, "--type", kind]
