@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::support::DONE;
+use crate::support::{DONE, arg};
 use crate::tiny::Tiny;
 
 const UP: &str = "\x1b[A";
@@ -164,13 +164,14 @@ fn ctrl_c_stops_the_answer_and_not_the_program() -> Result<()> {
     let tiny = Tiny::new()?;
     // `x` and nothing else, so that the screen can be searched for it.
     let bias = "120=1000";
+    let history = arg(&tiny.file("history"));
     let flags = [
         "--max-new-tokens",
         "4000",
         "--logit-bias",
         bias,
         "--history",
-        "/nonexistent/h",
+        &history,
     ];
     let Some(mut terminal) = Terminal::start(&tiny.args("chat", &flags))? else {
         return Ok(());
