@@ -176,14 +176,8 @@ fn several_chats_run_side_by_side() -> Result<()> {
             together.text
         );
     }
-    // The first prompt's answer begins with a close call; this one is clear for ten tokens.
-    let clear = goldens.prompts.get(1).context("no prompt")?;
-    ensure!(!together[1].text.is_empty());
-    ensure!(
-        clear.new_text.starts_with(&together[1].text),
-        "{:?}",
-        together[1].text
-    );
+    let paris = goldens.prompts.first().context("no prompt")?;
+    ensure!(together[0].text == paris.new_text, "{:?}", together[0].text);
     Ok(())
 }
 
@@ -196,10 +190,10 @@ fn a_second_turn_reuses_the_cache() -> Result<()> {
     let model = load(&path)?;
     let mut chat = model.chat()?;
     chat.settings.max_new_tokens = 12;
-    let first = chat.send("What is a hash table?")?.text()?;
-    ensure!(first.contains("hash table"), "{first}");
+    let first = chat.send("What is the capital of France?")?.text()?;
+    ensure!(first.contains("Paris"), "{first}");
     let messages = chat.messages().to_vec();
-    let mut answer = chat.send("And a tree?")?;
+    let mut answer = chat.send("And of Italy?")?;
     let mut second = String::new();
     for piece in answer.by_ref() {
         second.push_str(&piece?);
@@ -216,6 +210,6 @@ fn a_second_turn_reuses_the_cache() -> Result<()> {
     let mut fresh = model.chat()?;
     fresh.settings.max_new_tokens = 12;
     fresh.set_messages(messages);
-    ensure!(fresh.send("And a tree?")?.text()? == second);
+    ensure!(fresh.send("And of Italy?")?.text()? == second);
     Ok(())
 }
