@@ -69,7 +69,7 @@ impl BlockType {
     }
 
     /// The id of this type in ggml's `enum ggml_type` and in GGUF files.
-    pub const fn ggml_id(self) -> u32 {
+    pub fn ggml_id(self) -> u32 {
         match self {
             BlockType::F32 => 0,
             BlockType::F16 => 1,
