@@ -3,7 +3,7 @@
 # path, documentation, tests. What finds mistakes fastest runs first.
 #
 #     scripts/check.sh             # all stages
-#     scripts/check.sh fmt tests   # only these; there are fmt lints cuda docs tests doctests
+#     scripts/check.sh fmt tests   # only these; there are fmt lints cuda docs model tests doctests
 #
 # Needs a Rust toolchain; installs rustfmt, clippy and a C compiler where they are missing. Tests run
 # under nextest where it is installed. Most of a first run is building candle with optimizations.
@@ -13,13 +13,13 @@ cd "$root"
 
 main() {
   if [ $# = 0 ]; then
-    set -- fmt lints cuda docs tests doctests
+    set -- fmt lints cuda docs model tests doctests
   fi
   local name
   for name in "$@"; do
     case $name in
-      fmt | lints | cuda | docs | tests | doctests) ;;
-      *) die "unknown stage $name; there are fmt, lints, cuda, docs, tests, doctests" ;;
+      fmt | lints | cuda | docs | model | tests | doctests) ;;
+      *) die "unknown stage $name; there are fmt, lints, cuda, docs, model, tests, doctests" ;;
     esac
   done
 
@@ -40,6 +40,7 @@ main() {
       lints) stage "lints" lints ;;
       cuda) stage "CUDA path, with a stand-in compiler" scripts/check_cuda.sh ;;
       docs) stage "documentation" documentation ;;
+      model) stage "the trained model that some tests ask" trained_model ;;
       tests) stage "tests" tests ;;
       doctests) stage "examples in the documentation" doctests ;;
     esac
@@ -65,6 +66,15 @@ lints() {
 documentation() {
   # The library and the binary are both called phi3 and would write the same pages.
   RUSTDOCFLAGS="-D warnings" cargo doc $locked --workspace --exclude phi3-cli --no-deps
+}
+
+# Without it the tests that need it are skipped, and say so.
+trained_model() {
+  need_python_venv .demo/venv
+  local model
+  model=$(.demo/venv/bin/python scripts/fetch_demo_model.py .demo)
+  converted_demo_model "$model" f32
+  converted_demo_model "$model" f16
 }
 
 tests() {

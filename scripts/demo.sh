@@ -39,7 +39,7 @@ main() {
   local model
   model=$(.demo/venv/bin/python scripts/fetch_demo_model.py .demo)
   if $f16; then
-    model=$(converted "$model")
+    model=$(converted_demo_model "$model" f16)
   fi
   echo "Building phi3 with optimizations; the first time takes some minutes ..." >&2
   cargo build --release --locked -p phi3-cli </dev/null
@@ -59,17 +59,6 @@ TEXT
     exec "$phi3" generate --model "$model" --prompt "$prompt" ${flags[@]+"${flags[@]}"} </dev/null
   fi
   exec "$phi3" chat --model "$model" ${flags[@]+"${flags[@]}"}
-}
-
-# The f16 folder of a GGUF, made on the first call.
-converted() {
-  local folder=.demo/SmolLM2-135M-Instruct-f16
-  if [ ! -d "$folder" ]; then
-    .demo/venv/bin/pip install --quiet --disable-pip-version-check \
-      --requirement scripts/demo-requirements.txt >&2
-    .demo/venv/bin/python scripts/convert_smollm2.py "$1" "$folder" --dtype f16 >&2
-  fi
-  echo "$folder"
 }
 
 main "$@"

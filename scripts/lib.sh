@@ -60,3 +60,15 @@ need_python_venv() {
     python3 -m venv "$1"
   }
 }
+
+# converted_demo_model GGUF f32|f16|bf16: prints the Hugging Face folder made of it, made on the
+# first call.
+converted_demo_model() {
+  local folder=${1%.Q4_1.gguf}-$2
+  if [ ! -d "$folder" ]; then
+    .demo/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+      --requirement scripts/demo-requirements.txt >&2
+    .demo/venv/bin/python scripts/convert_smollm2.py "$1" "$folder" --dtype "$2" >&2
+  fi
+  echo "$folder"
+}

@@ -1,4 +1,5 @@
 //! What the tests across the crates share: fixtures, goldens and comparisons.
+#![forbid(unsafe_code)]
 
 pub mod golden;
 pub mod hostile;

@@ -13,19 +13,22 @@ fn hidden_size(kit: &Kit) -> usize {
     kit.config["hidden_size"].as_u64().unwrap_or(0) as usize
 }
 
-/// Every case of a kit, alone: prefill, hidden states, cached decode, generation.
+/// Every case of a kit, alone: prefill, hidden states, cached decode, generation. Gives the largest
+/// difference of a logit, as a share of its golden's deviation.
 ///
 /// # Errors
 /// Names the case and the first intermediate that differs.
-pub fn check_kit(kit: &Kit, model: &dyn CausalLm) -> Result<()> {
+pub fn check_kit(kit: &Kit, model: &dyn CausalLm) -> Result<f32> {
     let vocab = model.info().vocab_size;
+    let mut largest = 0f32;
     for case in kit.cases() {
-        check_case(kit, model, &case, vocab).with_context(|| format!("case {case}"))?;
+        let error = check_case(kit, model, &case, vocab).with_context(|| format!("case {case}"))?;
+        largest = largest.max(error);
     }
-    Ok(())
+    Ok(largest)
 }
 
-fn check_case(kit: &Kit, model: &dyn CausalLm, case: &str, vocab: usize) -> Result<()> {
+fn check_case(kit: &Kit, model: &dyn CausalLm, case: &str, vocab: usize) -> Result<f32> {
     if case == "leftpad" {
         return check_left_padded(kit, model, vocab);
     }
@@ -35,7 +38,7 @@ fn check_case(kit: &Kit, model: &dyn CausalLm, case: &str, vocab: usize) -> Resu
     let logits = observed_step(model, &mut cache, ids, Some(&mut recorder))?;
     assert_hidden_states(&recorder, &kit.hidden_states(case), hidden_size(kit))?;
     let golden = kit.floats(case, "logits").context("logits")?;
-    assert_close("logits", &logits, golden, vocab, F32_TOLERANCE)?;
+    let mut largest = assert_close("logits", &logits, golden, vocab, F32_TOLERANCE)?;
     let prompt = cache.clone();
 
     // Cached decode as the reference's raw steps, which never recompute at the longrope limit.
@@ -45,7 +48,8 @@ fn check_case(kit: &Kit, model: &dyn CausalLm, case: &str, vocab: usize) -> Resu
     ) {
         let mut cache = prompt.clone().with_recompute(Recompute::Never);
         let steps = decode(model, &mut cache, &decode_ids[..decode_ids.len() - 1])?;
-        assert_close("decode_logits", &steps, golden, vocab, F32_TOLERANCE)?;
+        let error = assert_close("decode_logits", &steps, golden, vocab, F32_TOLERANCE)?;
+        largest = largest.max(error);
         let mut greedy = argmax_rows(&logits[logits.len() - vocab..], vocab);
         greedy.extend(argmax_rows(&steps, vocab));
         ensure!(greedy == decode_ids, "decode_ids: {greedy:?}");
@@ -60,10 +64,11 @@ fn check_case(kit: &Kit, model: &dyn CausalLm, case: &str, vocab: usize) -> Resu
         )?;
         ensure!(ids == generate_ids, "generate_ids: {ids:?}");
         if let Some(golden) = kit.floats(case, "generate_logits") {
-            assert_close("generate_logits", &rows, golden, vocab, F32_TOLERANCE)?;
+            let error = assert_close("generate_logits", &rows, golden, vocab, F32_TOLERANCE)?;
+            largest = largest.max(error);
         }
     }
-    Ok(())
+    Ok(largest)
 }
 
 /// Greedy ids from the last prompt row on, and the row that chose each.
@@ -85,7 +90,7 @@ fn generate(
 }
 
 /// A left-padded batch is a packed one here: the rows of its real tokens must agree.
-fn check_left_padded(kit: &Kit, model: &dyn CausalLm, vocab: usize) -> Result<()> {
+fn check_left_padded(kit: &Kit, model: &dyn CausalLm, vocab: usize) -> Result<f32> {
     let ids = kit.ids("leftpad", "input_ids").context("input_ids")?;
     let mask = kit
         .ids("leftpad", "attention_mask")
@@ -104,8 +109,7 @@ fn check_left_padded(kit: &Kit, model: &dyn CausalLm, vocab: usize) -> Result<()
     }
     let mut caches = [model.new_cache(), model.new_cache()];
     let logits = packed_step(model, &mut caches, &sequences)?.concat();
-    assert_close("leftpad.logits", &logits, &expected, vocab, F32_TOLERANCE)?;
-    Ok(())
+    assert_close("leftpad.logits", &logits, &expected, vocab, F32_TOLERANCE)
 }
 
 /// One call for several sequences; per sequence the logits of all its new rows.

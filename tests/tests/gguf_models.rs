@@ -180,7 +180,8 @@ fn check(name: &str, spelling: Spelling) -> Result<()> {
     let file = GgufFile::parse(write(&kit, spelling)?.into(), name)?;
     let weights = Weights::new(file.weights()?, Device::Cpu, DType::F32);
     let model = Model::new(&Config::from_json(&file.config()?)?, weights)?;
-    check_kit(&kit, &model).with_context(|| name.to_owned())
+    check_kit(&kit, &model).with_context(|| name.to_owned())?;
+    Ok(())
 }
 
 #[test]

@@ -158,9 +158,7 @@ pub fn unsafe_code(crates: &[Crate]) -> Vec<String> {
         };
         for file in &it.files {
             let is_root = it.roots.contains(&file.path);
-            // phi3-tests is no part of what is shipped; it has no unsafe code all the same.
-            let shipped = it.name != "phi3-tests";
-            if is_root && shipped && !file.code().any(|(_, line)| line == attribute) {
+            if is_root && !file.code().any(|(_, line)| line == attribute) {
                 complaints.push(file.complaint(1, &format!("lacks `{attribute}`")));
             }
             if unsafe_file.is_some_and(|name| file.path == it.folder.join(name)) {
