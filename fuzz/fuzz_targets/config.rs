@@ -4,11 +4,11 @@
 //! one of [`SIZES`] (modulo their number), 0 leaves it. So large numbers meet each other, which mutated digits rarely do.
 #![no_main]
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use libfuzzer_sys::fuzz_target;
 use phi3::nn::rope::{FactorRule, Regime, RotaryEmbedding};
-use phi3::nn::{Backend, KvCache};
-use phi3::{ContextExtension, ModelConfig};
+use phi3::nn::{CacheStore, KvCache};
+use phi3::{CacheType, ContextExtension, ModelConfig};
 use phi3_tests::fixtures;
 use serde_json::Value;
 
@@ -79,7 +79,7 @@ fn check(json: &Value) {
     };
     let info = config.info();
     assert!(info.vocab_size > 0 && info.num_hidden_layers > 0);
-    let spec = config.cache_spec(Backend::Kernels, DType::F32);
+    let spec = config.cache_spec(CacheStore::Pages(CacheType::F16));
     assert_eq!(spec.patterns.len(), info.num_hidden_layers);
     assert_eq!(config.attention_patterns().len(), info.num_hidden_layers);
     assert!(spec.bytes_at(1) <= spec.bytes_at(info.max_position_embeddings));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use phi3::hub::quantize::{Mix, Options, write_gguf};
 use phi3::nn::{Input, LogitRows, Span};
-use phi3::{LanguageModel, LoadOptions};
+use phi3::{CacheType, LanguageModel, LoadOptions};
 use phi3_tests::fixtures;
 use serde_json::Value as Json;
 
@@ -21,6 +21,7 @@ fn load(path: &Path, quantize: Option<Mix>) -> Result<LanguageModel> {
     let options = LoadOptions {
         device: "cpu".parse()?,
         quantize,
+        cache_type: CacheType::F32,
         ..LoadOptions::default()
     };
     let path = path.to_str().context("a path in UTF-8")?;

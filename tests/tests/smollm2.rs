@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use phi3::text::{Message, Request, SamplingParams, complete};
-use phi3::{LanguageModel, LoadOptions};
+use phi3::{CacheType, LanguageModel, LoadOptions};
 use phi3_tests::fixtures;
 use phi3_tests::parity::{argmax_rows, step};
 use serde::Deserialize;
@@ -68,6 +68,7 @@ fn demo(name: &str) -> Option<PathBuf> {
 fn load(path: &Path) -> Result<LanguageModel> {
     let options = LoadOptions {
         device: phi3::DeviceSpec::Cpu,
+        cache_type: CacheType::F32,
         ..LoadOptions::default()
     };
     Ok(phi3::load_with(&path.to_string_lossy(), &options)?)

@@ -9,7 +9,7 @@ use candle_core::DType;
 use clap::ValueEnum;
 use phi3::hub::quantize::Mix;
 use phi3::hub::{Checkpoint, HubOptions, Source, TerminalProgress};
-use phi3::{ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
+use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
 
 /// Which model, and from where.
 #[derive(Clone, Debug, clap::Args)]
@@ -87,6 +87,10 @@ pub struct ComputeArgs {
         value_name = "f32|f16|bf16"
     )]
     pub dtype: Option<DTypeArg>,
+    /// Type of keys and values on the CPU, f16 or f32 [default: f16, but f32 where models are
+    /// compared]; a GPU keeps them in --dtype.
+    #[arg(long, value_name = "TYPE")]
+    pub cache_type: Option<CacheType>,
     /// Store the weights in fewer bits while they are loaded, as `phi3 quantize` does: Q4_0, Q4_K_M, …
     #[arg(long, value_name = "TYPE")]
     pub quantize: Option<Mix>,
@@ -129,8 +133,23 @@ pub fn open(source: &SourceArgs) -> Result<Checkpoint> {
     open().with_context(|| format!("opening {}", source.model))
 }
 
-/// Loads the model that the flags name.
+/// Loads the model that the flags name, to use it: keys and values are f16 unless a flag says
+/// otherwise.
 pub fn load(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel> {
+    load_with(source, compute, CacheType::F16)
+}
+
+/// Loads the model that the flags name, to compare its numbers: keys and values are f32 unless a
+/// flag says otherwise.
+pub fn load_exactly(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel> {
+    load_with(source, compute, CacheType::F32)
+}
+
+fn load_with(
+    source: &SourceArgs,
+    compute: &ComputeArgs,
+    cache_type: CacheType,
+) -> Result<LanguageModel> {
     if let Some(threads) = compute.threads {
         phi3::set_num_threads(threads.into());
     }
@@ -142,6 +161,7 @@ pub fn load(source: &SourceArgs, compute: &ComputeArgs) -> Result<LanguageModel>
     let options = LoadOptions {
         device: compute.device,
         dtype: compute.dtype.map(DType::from),
+        cache_type: compute.cache_type.unwrap_or(cache_type),
         revision: source.hub.revision.clone(),
         extend: compute.extend_context,
         quantize: compute.quantize,

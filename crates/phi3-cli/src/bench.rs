@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
-use phi3::nn::{Backend, ModelInfo};
-use phi3::{ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
+use phi3::nn::ModelInfo;
+use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
 
 use crate::args::{DTypeArg, HubArgs, SourceArgs, open};
 use crate::output::{self, UsageError};
@@ -113,6 +113,9 @@ pub struct Args {
         value_name = "f32|f16|bf16"
     )]
     dtype: Option<DTypeArg>,
+    /// Type of keys and values on the CPU, f16 or f32; a GPU keeps them in --dtype.
+    #[arg(long, value_name = "TYPE", default_value_t)]
+    cache_type: CacheType,
     /// Run a checkpoint without LongRoPE factors beyond its trained length: power:TOKENS or
     /// piecewise:TOKENS.
     #[arg(long, value_name = "RULE:TOKENS")]
@@ -142,6 +145,7 @@ pub fn run(args: &Args) -> Result<()> {
     let options = LoadOptions {
         device: args.device,
         dtype: args.dtype.map(DType::from),
+        cache_type: args.cache_type,
         extend: args.extend_context,
         ..LoadOptions::default()
     };
@@ -155,7 +159,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let spec = language_model
         .config()
-        .cache_spec(Backend::Kernels, DType::F32);
+        .cache_spec(language_model.cache_store());
     let mut bench = Bench::new(language_model.model().as_ref(), spec, args.repeat.into());
     bench.first_token()?;
     let first_token = start.elapsed();

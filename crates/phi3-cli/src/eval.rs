@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phi3::eval::{Comparison, EvalOptions, compare};
 use phi3::text::CancelToken;
 
-use crate::args::{ComputeArgs, HubArgs, SourceArgs, load};
+use crate::args::{ComputeArgs, HubArgs, SourceArgs, load_exactly};
 use crate::interrupt;
 use crate::output;
 
@@ -71,8 +71,8 @@ fn kl(args: &KlArgs) -> Result<()> {
         model: model.to_owned(),
         hub: args.hub.clone(),
     };
-    let model = load(&source(&args.model), &args.compute)?;
-    let reference = load(&source(&args.reference), &args.compute)?;
+    let model = load_exactly(&source(&args.model), &args.compute)?;
+    let reference = load_exactly(&source(&args.reference), &args.compute)?;
     let mut ids = reference.tokenizer()?.encode(&text, false)?;
     if let Ok(tokenizer) = model.tokenizer() {
         let start: String = text.chars().take(20_000).collect();

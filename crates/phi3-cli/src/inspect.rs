@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use candle_core::DType;
-use phi3::ModelConfig;
 use phi3::hub::{Checkpoint, TensorEntry};
-use phi3::nn::Backend;
+use phi3::nn::CacheStore;
+use phi3::{CacheType, ModelConfig};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -22,6 +21,9 @@ pub struct Args {
     /// Estimate memory for a sequence of this many tokens [default: 4096, or the model's context].
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
+    /// Type of keys and values in that estimate: f16 or f32.
+    #[arg(long, value_name = "TYPE", default_value_t)]
+    cache_type: CacheType,
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
@@ -32,7 +34,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let checkpoint = open(&args.source.source())?;
-    let report = Report::new(&checkpoint, args.context, args.tensors);
+    let report = Report::new(&checkpoint, args.context, args.cache_type, args.tensors);
     if args.json {
         output::print(&format!("{}\n", serde_json::to_string_pretty(&report)?))
     } else {
@@ -95,6 +97,7 @@ struct Rope {
 struct Memory {
     context: usize,
     weights: u64,
+    cache_type: &'static str,
     kv_cache: u64,
     total: u64,
 }
@@ -110,7 +113,12 @@ struct TensorRow {
 }
 
 impl Report {
-    fn new(checkpoint: &Checkpoint, context: Option<usize>, list: bool) -> Self {
+    fn new(
+        checkpoint: &Checkpoint,
+        context: Option<usize>,
+        cache_type: CacheType,
+        list: bool,
+    ) -> Self {
         let text = |key: &str| {
             checkpoint
                 .config
@@ -143,7 +151,9 @@ impl Report {
             chat_template: checkpoint.chat_template.is_some(),
             tokenizer: checkpoint.tokenizer.tokenizer_json.is_some(),
             details: match ModelConfig::from_json(&checkpoint.config) {
-                Ok(config) => Details::Known(Box::new(Known::new(&config, context, size))),
+                Ok(config) => {
+                    Details::Known(Box::new(Known::new(&config, context, cache_type, size)))
+                }
                 Err(error) => Details::Unsupported {
                     unsupported: error.to_string(),
                 },
@@ -183,13 +193,14 @@ impl Report {
             let Memory {
                 context,
                 weights,
+                cache_type,
                 kv_cache,
                 total,
             } = &known.memory;
             lines.add(
                 "memory (CPU)",
                 &format!(
-                    "{} = weights {} + cache {} for {context} tokens",
+                    "{} = weights {} + {cache_type} cache {} for {context} tokens",
                     bytes(*total),
                     bytes(*weights),
                     bytes(*kv_cache)
@@ -211,9 +222,14 @@ impl Report {
 }
 
 impl Known {
-    fn new(config: &ModelConfig, context: Option<usize>, weights: u64) -> Self {
+    fn new(
+        config: &ModelConfig,
+        context: Option<usize>,
+        cache_type: CacheType,
+        weights: u64,
+    ) -> Self {
         let info = config.info();
-        let spec = config.cache_spec(Backend::Kernels, DType::F32);
+        let spec = config.cache_spec(CacheStore::Pages(cache_type));
         let context = context.unwrap_or_else(|| info.max_position_embeddings.min(4096));
         let kv_cache = spec.bytes_at(context) as u64;
         let rope = config.rope();
@@ -242,8 +258,9 @@ impl Known {
             memory: Memory {
                 context,
                 weights,
+                cache_type: cache_type.name(),
                 kv_cache,
-                total: weights + kv_cache,
+                total: weights.saturating_add(kv_cache),
             },
         }
     }

@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 use phi3::hub::safetensors::{TensorData, TensorToWrite, write_safetensors};
 use phi3::nn::{CausalLm, Input, KvCache, LogitRows, ModelInfo, Observer, Recompute, Span};
 
-use crate::args::{ComputeArgs, SourceArgs, load};
+use crate::args::{ComputeArgs, SourceArgs, load_exactly};
 use crate::output::UsageError;
 
 /// Runs token ids and writes `logits` f32 [n, vocab], row i after id i.
@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> Result<()> {
     // What can be wrong with the files is said before the model is loaded and run.
     let inputs = read_all(&args.ids)?;
     check_out(&args.out)?;
-    let model = load(&args.source, &args.compute)?;
+    let model = load_exactly(&args.source, &args.compute)?;
     let model = model.model().as_ref();
     for (path, input) in args.ids.iter().zip(&inputs) {
         input

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phi3::hub::Checkpoint;
 use phi3::hub::quantize::{Error, Importance, Mix, Options, write_gguf};
 use phi3::text::CancelToken;
-use phi3::{DeviceSpec, LanguageModel, LoadOptions};
+use phi3::{CacheType, DeviceSpec, LanguageModel, LoadOptions};
 
 use crate::args::{HubArgs, SourceArgs, open};
 use crate::interrupt;
@@ -133,6 +133,7 @@ fn measured(args: &Args, checkpoint: &Checkpoint, path: &Path) -> Result<Importa
     let text = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
     let options = LoadOptions {
         device: args.device,
+        cache_type: CacheType::F32,
         ..LoadOptions::default()
     };
     let model = LanguageModel::from_checkpoint(checkpoint, &options)?;

@@ -158,6 +158,7 @@ fn measure(case: Case, limit: Duration) {
                     } else {
                         KvPages::F32(f32)
                     },
+                    page_heads: kv_heads,
                     page_len: PAGE_LEN,
                     len: keys,
                     num_heads: heads,

@@ -17,6 +17,8 @@ const TOLERANCE: f64 = 1e-6;
 struct Sequence {
     num_heads: usize,
     num_kv_heads: usize,
+    /// Heads of a page: all of them, or as a test says.
+    page_heads: usize,
     page_len: usize,
     len: usize,
     shape: AttentionShape,
@@ -46,6 +48,7 @@ impl Sequence {
         Self {
             num_heads,
             num_kv_heads,
+            page_heads: num_kv_heads,
             page_len,
             len,
             shape,
@@ -56,17 +59,26 @@ impl Sequence {
         }
     }
 
-    /// `[k, s, d]` to pages of `[k, page_len, d]`; NaN where no key is.
+    /// `[k, s, d]` to pages of `[page_heads, page_len, d]`; NaN where no key is. Pages that no
+    /// window reaches are absent.
     fn pages(&self, rows: &[f32]) -> Vec<Vec<f32>> {
         let (k, d) = (self.num_kv_heads, self.shape.head_dim);
-        let mut pages =
-            vec![vec![f32::NAN; k * self.page_len * d]; self.len.div_ceil(self.page_len)];
+        let per_row = k / self.page_heads;
+        let page = vec![f32::NAN; self.page_heads * self.page_len * d];
+        let mut pages = vec![page; self.len.div_ceil(self.page_len) * per_row];
         for head in 0..k {
             for j in 0..self.len {
-                let to = (head * self.page_len + j % self.page_len) * d;
+                let page = j / self.page_len * per_row + head / self.page_heads;
+                let to = (head % self.page_heads * self.page_len + j % self.page_len) * d;
                 let from = (head * self.len + j) * d;
-                pages[j / self.page_len][to..to + d].copy_from_slice(&rows[from..from + d]);
+                pages[page][to..to + d].copy_from_slice(&rows[from..from + d]);
             }
+        }
+        let window = self.shape.window.unwrap_or(usize::MAX);
+        let seen =
+            (self.shape.q_start + 1).saturating_sub(window.saturating_add(self.shape.k_start));
+        for page in &mut pages[..(seen / self.page_len).min(self.len / self.page_len) * per_row] {
+            page.clear();
         }
         pages
     }
@@ -78,6 +90,7 @@ impl Sequence {
             q: &self.q,
             out,
             pages,
+            page_heads: self.page_heads,
             page_len: self.page_len,
             len: self.len,
             num_heads: self.num_heads,
@@ -155,6 +168,7 @@ impl Sequence {
             keys: cut(&self.keys),
             values: cut(&self.values),
             len: end - first,
+            page_heads: 1,
             page_len,
             num_heads: h,
             num_kv_heads: k,
@@ -189,6 +203,7 @@ proptest! {
         behind in 0usize..700,
         k_start in 0usize..600,
         page_len in select(vec![1usize, 7, 16, 64, 256, 1000]),
+        paged_by_head: bool,
         window in proptest::option::of(select(vec![0usize, 1, 30, 64, 257, 400])),
         half: bool,
         sharpness in select(vec![1.0f32, 50.0]),
@@ -199,7 +214,11 @@ proptest! {
         let shift = if seed.is_multiple_of(4) { seed as usize % 50 } else { 0 };
         let mut shape = shape(head_dim, k_start + behind + shift, k_start, window);
         shape.scale *= sharpness;
-        let sequence = Sequence::random((kv_heads, group), (l, len), page_len, half, shape, seed);
+        let mut sequence =
+            Sequence::random((kv_heads, group), (l, len), page_len, half, shape, seed);
+        if paged_by_head {
+            sequence.page_heads = 1;
+        }
         let found = sequence.run();
         let tolerance = TOLERANCE * f64::from(sharpness);
         for (i, (found, expected)) in found.iter().zip(sequence.expected()).enumerate() {
@@ -351,4 +370,26 @@ fn more_keys_than_pages_panic() {
         job.len = 2;
         attend_packed(std::slice::from_mut(&mut job));
     });
+}
+
+#[test]
+#[should_panic(expected = "out of range")]
+fn a_query_that_sees_an_absent_page_panics() {
+    let page = [1.0; 40];
+    let (absent, present) = (&[][..], &page[..]);
+    let pages = [absent, present].map(|page| KvPage {
+        keys: page,
+        values: page,
+    });
+    attend_packed(&mut [AttentionJob {
+        q: &[1.0; 8],
+        out: &mut [0.0; 8],
+        pages: KvPages::F32(&pages),
+        page_heads: 1,
+        page_len: 5,
+        len: 10,
+        num_heads: 1,
+        num_kv_heads: 1,
+        shape: shape(8, 9, 0, None),
+    }]);
 }

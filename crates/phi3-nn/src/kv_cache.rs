@@ -1,18 +1,19 @@
 //! Keys and values of one sequence.
 //!
-//! Per layer the cache holds keys and values as `[k, s, d]`: head-major, `s` the positions kept,
-//! keys already rotated. It also keeps the inputs of the sequence where the model may have to
+//! Per layer the cache holds keys and values head-major, keys already rotated: in pages that clones
+//! share (`kv_pages`), or as tensors `[k, s, d]` for candle. It also keeps the inputs of the sequence where the model may have to
 //! compute its history again: when the sequence passes the LongRoPE limit (deeper layers change
 //! with the factors, so the keys of every layer do), when it is truncated back below it, or when a
 //! truncation reaches behind what a sliding window has kept.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::attention::AttentionPattern;
+use crate::cache_type::CacheStore;
 use crate::error::{Error, Result};
+use crate::kv_pages::{LayerPages, PageShape};
 use crate::layer_cache::LayerCache;
 use crate::rope::Regime;
-use crate::weights::Backend;
 
 /// What happens to keys computed in another LongRoPE regime than the sequence's length asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,36 +42,44 @@ pub struct CacheSpec {
     pub recompute: Recompute,
     /// Longest sequence, in tokens.
     pub max_len: usize,
-    /// Who attends: the kernels keep f32 in host memory, candle tensors of `dtype`.
-    pub backend: Backend,
-    /// Dtype of candle's keys and values.
-    pub dtype: DType,
+    /// Who holds keys and values, and in which form.
+    pub store: CacheStore,
 }
 
 impl CacheSpec {
-    /// Bytes of keys and values that a sequence of `len` tokens holds at most; the largest `usize`
-    /// where a configuration without weights to it asks for more.
+    /// Bytes of keys and values that a sequence of `len` tokens holds: exactly those of its pages,
+    /// or at most those of its tensors; the largest `usize` where a configuration without weights
+    /// to it asks for more.
     pub fn bytes_at(&self, len: usize) -> usize {
-        let dtype = match self.backend {
-            Backend::Kernels => DType::F32,
-            Backend::Candle => self.dtype,
-        };
-        let per_position = [
-            self.num_key_value_heads,
-            self.head_dim,
-            dtype.size_in_bytes(),
-        ]
-        .into_iter()
-        .fold(2, usize::saturating_mul);
-        let positions: usize = self
-            .patterns
-            .iter()
-            .map(|pattern| match pattern.window() {
+        let positions = |pattern: &AttentionPattern| match self.store {
+            CacheStore::Pages(_) => {
+                PageShape::of(*pattern, self.num_key_value_heads).positions_held(*pattern, len)
+            }
+            CacheStore::Tensors(_) => match pattern.window() {
                 Some(window) => len.min((window - 1).saturating_add(window_slack(window))),
                 None => len,
-            })
-            .fold(0, usize::saturating_add);
-        positions.saturating_mul(per_position)
+            },
+        };
+        self.bytes_of(self.patterns.iter().map(positions))
+    }
+
+    /// Bytes of keys and values that the next token reads of a sequence of `len` tokens.
+    pub fn bytes_read_at(&self, len: usize) -> usize {
+        let positions = |pattern: &AttentionPattern| len - pattern.first_reachable(len);
+        self.bytes_of(self.patterns.iter().map(positions))
+    }
+
+    fn bytes_of(&self, positions: impl Iterator<Item = usize>) -> usize {
+        let row_bytes = match self.store {
+            CacheStore::Pages(cache_type) => cache_type.row_bytes(self.head_dim),
+            CacheStore::Tensors(dtype) => self.head_dim.saturating_mul(dtype.size_in_bytes()),
+        };
+        let per_position = [2, self.num_key_value_heads]
+            .into_iter()
+            .fold(row_bytes, usize::saturating_mul);
+        positions
+            .fold(0, usize::saturating_add)
+            .saturating_mul(per_position)
     }
 
     /// How many of a sequence's first inputs the cache must keep to be able to rebuild itself.
@@ -87,9 +96,9 @@ impl CacheSpec {
     }
 }
 
-/// Positions that a window layer may hold beyond its window before it moves the rest forward:
-/// moving at every token would cost more than attention itself.
-fn window_slack(window: usize) -> usize {
+/// Positions that the tensors of a window layer may hold beyond its window before the rest moves
+/// forward: moving at every token would cost more than attention itself.
+pub(crate) fn window_slack(window: usize) -> usize {
     (window / 8).max(16)
 }
 
@@ -120,7 +129,8 @@ impl InputSegment {
 
 /// The keys and values of one sequence. Made by [`crate::CausalLm::new_cache`].
 ///
-/// A clone shares nothing that changes: clone and truncate to reuse a common prefix.
+/// A clone shares nothing that changes: clone and truncate to reuse a common prefix, whose pages
+/// then lie in memory once.
 #[derive(Clone, Debug)]
 pub struct KvCache {
     spec: std::sync::Arc<CacheSpec>,
@@ -141,7 +151,7 @@ impl KvCache {
         let layers = spec
             .patterns
             .iter()
-            .map(|_| LayerCache::new(&spec))
+            .map(|pattern| LayerCache::new(&spec, *pattern))
             .collect();
         let recompute = spec.recompute;
         Self {
@@ -163,6 +173,17 @@ impl KvCache {
         self
     }
 
+    /// The same cache in memory of its own, also where a clone would share it.
+    pub fn unshared(&self) -> Self {
+        let mut copy = self.clone();
+        for layer in &mut copy.layers {
+            if let LayerCache::Pages(pages) = layer {
+                *pages = pages.unshared();
+            }
+        }
+        copy
+    }
+
     /// Tokens in the sequence; the next one has this position.
     pub fn len(&self) -> usize {
         self.len
@@ -173,7 +194,7 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Bytes of keys and values held right now.
+    /// Bytes of keys and values held right now, those that are shared with clones included.
     pub fn size_in_bytes(&self) -> usize {
         self.layers.iter().map(LayerCache::size_in_bytes).sum()
     }
@@ -197,15 +218,14 @@ impl KvCache {
             .layers
             .iter()
             .zip(&self.spec.patterns)
-            .any(|(layer, pattern)| {
-                pattern
-                    .window()
-                    .is_some_and(|window| layer.first() > (len + 1).saturating_sub(window))
-            });
+            .any(|(layer, pattern)| layer.first() > pattern.first_reachable(len));
         if window_gone || self.built < len {
             self.clear_keys();
-        } else {
-            self.built = len;
+            return Ok(());
+        }
+        self.built = len;
+        for layer in &mut self.layers {
+            layer.truncate(len);
         }
         Ok(())
     }
@@ -251,28 +271,39 @@ impl KvCache {
     /// Makes room for a rebuild from position 0.
     pub(crate) fn clear_keys(&mut self) {
         self.built = 0;
-        for layer in &mut self.layers {
-            *layer = LayerCache::new(&self.spec);
+        for (layer, pattern) in self.layers.iter_mut().zip(&self.spec.patterns) {
+            *layer = LayerCache::new(&self.spec, *pattern);
         }
     }
 
-    /// The layer's keys and values up to `start`, with `[l, k, d]` new ones behind them.
-    ///
-    /// What an earlier failed call left behind `start` is overwritten.
-    pub(crate) fn append(
-        &mut self,
-        layer_idx: usize,
-        start: usize,
-        keys: &Tensor,
-        values: &Tensor,
-    ) -> Result<&LayerCache> {
-        let layer = self.layers.get_mut(layer_idx).ok_or_else(|| {
+    /// The layer's keys and values.
+    pub(crate) fn layer_mut(&mut self, layer_idx: usize) -> Result<&mut LayerCache> {
+        self.layers.get_mut(layer_idx).ok_or_else(|| {
             Error::Batch(format!(
                 "this cache has no layer {layer_idx}; it belongs to another model"
             ))
-        })?;
-        layer.append(start, keys, values)?;
-        Ok(layer)
+        })
+    }
+
+    /// Whether the kernels read this cache.
+    pub(crate) fn is_paged(&self) -> bool {
+        matches!(self.spec.store, CacheStore::Pages(_))
+    }
+
+    /// The layer's pages.
+    pub(crate) fn pages_mut(&mut self, layer_idx: usize) -> Result<&mut LayerPages> {
+        match self.layer_mut(layer_idx)? {
+            LayerCache::Pages(pages) => Ok(pages),
+            LayerCache::Tensors(_) => Err(not_paged()),
+        }
+    }
+
+    /// The layer's pages.
+    pub(crate) fn pages(&self, layer_idx: usize) -> Result<&LayerPages> {
+        match self.layers.get(layer_idx) {
+            Some(LayerCache::Pages(pages)) => Ok(pages),
+            _ => Err(not_paged()),
+        }
     }
 
     /// Ends a successful forward call that brought `input`.
@@ -283,9 +314,7 @@ impl KvCache {
         self.reaches = plan.reaches;
         self.keep_input(input)?;
         for (layer, pattern) in self.layers.iter_mut().zip(&self.spec.patterns) {
-            if let Some(window) = pattern.window() {
-                layer.drop_before((self.len + 1).saturating_sub(window), window_slack(window))?;
-            }
+            layer.drop_unreachable(*pattern, self.len)?;
         }
         Ok(())
     }
@@ -323,6 +352,10 @@ impl KvCache {
         self.inputs_len = kept;
         Ok(())
     }
+}
+
+fn not_paged() -> Error {
+    Error::Batch("this cache is candle's and holds no pages".to_owned())
 }
 
 /// How one span of a forward call runs.

@@ -1,66 +1,105 @@
-//! Keys and values of one layer, as `[k, s, d]` of the positions kept.
+//! Keys and values of one layer: pages for the kernels, tensors `[k, s, d]` for candle.
 
 use candle_core::{DType, Tensor};
 
+use crate::attention::AttentionPattern;
+use crate::cache_type::CacheStore;
 use crate::error::{Error, Result};
-use crate::host;
-use crate::kv_cache::CacheSpec;
-use crate::weights::Backend;
+use crate::kv_cache::{CacheSpec, window_slack};
+use crate::kv_pages::LayerPages;
 
 /// Keys and values of one layer.
 #[derive(Clone, Debug)]
-pub(crate) struct LayerCache {
+pub(crate) enum LayerCache {
+    /// For the kernels.
+    Pages(LayerPages),
+    /// For candle.
+    Tensors(LayerTensors),
+}
+
+/// `[k, s, d]` on a device.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerTensors {
     /// Position of the first key that is kept.
     first: usize,
-    store: Store,
-}
-
-/// What attention reads of a layer's cache.
-pub(crate) enum LayerView<'c> {
-    /// Per key/value head its keys and values, `[s, d]` each.
-    Host {
-        keys: &'c [Vec<f32>],
-        values: &'c [Vec<f32>],
-    },
-    /// `[k, s, d]`.
-    Device {
-        keys: &'c Tensor,
-        values: &'c Tensor,
-    },
-}
-
-#[derive(Clone, Debug)]
-enum Store {
-    /// One buffer `[s, d]` per key/value head.
-    Host {
-        keys: Vec<Vec<f32>>,
-        values: Vec<Vec<f32>>,
-        head_dim: usize,
-    },
-    /// `[k, s, d]` on the device.
-    Device {
-        keys: Option<Tensor>,
-        values: Option<Tensor>,
-        dtype: DType,
-    },
+    keys: Option<Tensor>,
+    values: Option<Tensor>,
+    dtype: DType,
 }
 
 impl LayerCache {
-    pub(crate) fn new(spec: &CacheSpec) -> Self {
-        let store = if spec.backend == Backend::Kernels {
-            Store::Host {
-                keys: vec![Vec::new(); spec.num_key_value_heads],
-                values: vec![Vec::new(); spec.num_key_value_heads],
-                head_dim: spec.head_dim,
+    pub(crate) fn new(spec: &CacheSpec, pattern: AttentionPattern) -> Self {
+        match spec.store {
+            CacheStore::Pages(cache_type) => {
+                Self::Pages(LayerPages::new(spec, pattern, cache_type))
             }
-        } else {
-            Store::Device {
+            CacheStore::Tensors(dtype) => Self::Tensors(LayerTensors {
+                first: 0,
                 keys: None,
                 values: None,
-                dtype: spec.dtype,
+                dtype,
+            }),
+        }
+    }
+
+    /// Position of the first key kept.
+    pub(crate) fn first(&self) -> usize {
+        match self {
+            Self::Pages(pages) => pages.first(),
+            Self::Tensors(tensors) => tensors.first,
+        }
+    }
+
+    /// Frees the pages behind the first `len` positions. Tensors stay: the next append, which
+    /// makes new ones, leaves out what is behind.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        match self {
+            Self::Pages(pages) => pages.truncate(len),
+            Self::Tensors(_) => {}
+        }
+    }
+
+    /// Frees what no query of the layer reaches any more now that the sequence has `len` tokens.
+    pub(crate) fn drop_unreachable(&mut self, pattern: AttentionPattern, len: usize) -> Result<()> {
+        let first = pattern.first_reachable(len);
+        match self {
+            Self::Pages(pages) => {
+                pages.drop_before(first);
+                Ok(())
             }
-        };
-        Self { first: 0, store }
+            Self::Tensors(tensors) => {
+                let slack = pattern.window().map_or(0, window_slack);
+                tensors.drop_before(first, slack)
+            }
+        }
+    }
+
+    pub(crate) fn size_in_bytes(&self) -> usize {
+        match self {
+            Self::Pages(pages) => pages.size_in_bytes(),
+            Self::Tensors(tensors) => tensors.size_in_bytes(),
+        }
+    }
+}
+
+impl LayerTensors {
+    /// Appends `[l, k, d]` behind the positions before `start`; what an earlier failed call left
+    /// there is overwritten. Gives keys and values `[k, s, d]`.
+    pub(crate) fn append(
+        &mut self,
+        start: usize,
+        new_keys: &Tensor,
+        new_values: &Tensor,
+    ) -> Result<(&Tensor, &Tensor)> {
+        let kept = start.checked_sub(self.first).ok_or_else(|| {
+            Error::Batch(format!(
+                "position {start} lies before the window kept from {}",
+                self.first
+            ))
+        })?;
+        let keys = append_device(&mut self.keys, new_keys, kept, self.dtype)?;
+        let values = append_device(&mut self.values, new_values, kept, self.dtype)?;
+        Ok((keys, values))
     }
 
     /// Position of the first key kept.
@@ -68,128 +107,39 @@ impl LayerCache {
         self.first
     }
 
-    /// The keys and values that are kept.
-    pub(crate) fn view(&self) -> Result<LayerView<'_>> {
-        match &self.store {
-            Store::Host { keys, values, .. } => Ok(LayerView::Host { keys, values }),
-            Store::Device {
-                keys: Some(keys),
-                values: Some(values),
-                ..
-            } => Ok(LayerView::Device { keys, values }),
-            Store::Device { .. } => Err(Error::Batch("the cache holds no key yet".to_owned())),
-        }
-    }
-
-    pub(crate) fn append(
-        &mut self,
-        start: usize,
-        new_keys: &Tensor,
-        new_values: &Tensor,
-    ) -> Result<()> {
-        let kept = start.checked_sub(self.first).ok_or_else(|| {
-            Error::Batch(format!(
-                "position {start} lies before the window kept from {}",
-                self.first
-            ))
-        })?;
-        match &mut self.store {
-            Store::Host {
-                keys,
-                values,
-                head_dim,
-            } => {
-                append_host(keys, new_keys, kept, *head_dim)?;
-                append_host(values, new_values, kept, *head_dim)
-            }
-            Store::Device {
-                keys,
-                values,
-                dtype,
-            } => {
-                append_device(keys, new_keys, kept, *dtype)?;
-                append_device(values, new_values, kept, *dtype)
-            }
-        }
-    }
-
     /// Drops the positions before `first` once more than `slack` of them have gathered.
-    pub(crate) fn drop_before(&mut self, first: usize, slack: usize) -> Result<()> {
+    fn drop_before(&mut self, first: usize, slack: usize) -> Result<()> {
         let excess = first.saturating_sub(self.first);
         if excess <= slack {
             return Ok(());
         }
-        match &mut self.store {
-            Store::Host {
-                keys,
-                values,
-                head_dim,
-            } => {
-                for head in keys.iter_mut().chain(values) {
-                    head.drain(..(excess * *head_dim).min(head.len()));
-                    // A long prompt's peak is given back; a little headroom stays for decoding.
-                    head.shrink_to(head.len() + 2 * slack * *head_dim);
-                }
-            }
-            Store::Device { keys, values, .. } => {
-                for tensor in [keys, values].into_iter().flatten() {
-                    let rows = tensor.dim(1)?;
-                    *tensor = tensor.narrow(1, excess, rows - excess)?.contiguous()?;
-                }
-            }
+        for tensor in [&mut self.keys, &mut self.values].into_iter().flatten() {
+            let rows = tensor.dim(1)?;
+            *tensor = tensor.narrow(1, excess, rows - excess)?.contiguous()?;
         }
         self.first = first;
         Ok(())
     }
 
-    pub(crate) fn size_in_bytes(&self) -> usize {
-        match &self.store {
-            Store::Host { keys, values, .. } => {
-                let held = keys.iter().chain(values).map(Vec::capacity).sum::<usize>();
-                held * size_of::<f32>()
-            }
-            Store::Device {
-                keys,
-                values,
-                dtype,
-            } => {
-                let held = [keys, values].into_iter().flatten().map(Tensor::elem_count);
-                held.sum::<usize>() * dtype.size_in_bytes()
-            }
-        }
+    fn size_in_bytes(&self) -> usize {
+        let held = [&self.keys, &self.values].into_iter().flatten();
+        held.map(Tensor::elem_count).sum::<usize>() * self.dtype.size_in_bytes()
     }
 }
 
-fn append_host(heads: &mut [Vec<f32>], new: &Tensor, kept: usize, head_dim: usize) -> Result<()> {
-    let (rows, num_heads, width) = new.dims3()?; // [l, k, d]
-    if num_heads != heads.len() || width != head_dim {
-        return Err(Error::Batch(format!(
-            "keys of {num_heads} heads of {width} do not fit a cache of {} heads of {head_dim}",
-            heads.len()
-        )));
-    }
-    if heads.iter().any(|head| head.len() < kept * head_dim) {
-        return Err(missing_keys(kept));
-    }
-    host::with_f32(new, |new| {
-        for (head_idx, head) in heads.iter_mut().enumerate() {
-            head.truncate(kept * head_dim);
-            head.reserve(rows * head_dim);
-            for row in new.chunks_exact(num_heads * head_dim) {
-                head.extend_from_slice(&row[head_idx * head_dim..(head_idx + 1) * head_dim]);
-            }
-        }
-    })
-}
-
-fn append_device(held: &mut Option<Tensor>, new: &Tensor, kept: usize, dtype: DType) -> Result<()> {
+fn append_device<'t>(
+    held: &'t mut Option<Tensor>,
+    new: &Tensor,
+    kept: usize,
+    dtype: DType,
+) -> Result<&'t Tensor> {
     let new = new.transpose(0, 1)?.to_dtype(dtype)?.contiguous()?; // [k, l, d]
-    *held = Some(match held.take() {
+    let all = match held.take() {
         None if kept > 0 => return Err(missing_keys(kept)),
         Some(old) if kept > 0 => Tensor::cat(&[&old.narrow(1, 0, kept)?, &new], 1)?,
         _ => new,
-    });
-    Ok(())
+    };
+    Ok(held.insert(all))
 }
 
 fn missing_keys(kept: usize) -> Error {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
+pub mod cache_type;
 pub mod causal_lm;
 pub mod config;
 pub mod device;
@@ -14,6 +15,7 @@ pub mod embedding;
 pub mod error;
 mod host;
 pub mod kv_cache;
+mod kv_pages;
 mod layer_cache;
 pub mod linear;
 pub mod mlp;
@@ -23,6 +25,7 @@ pub mod rope;
 pub mod weights;
 
 pub use attention::{AttentionParams, AttentionPattern, attention};
+pub use cache_type::{CacheStore, CacheType, ParseCacheTypeError};
 pub use causal_lm::{CausalLm, Input, LogitRows, ModelInfo, Observer, Span};
 pub use device::DeviceSpec;
 pub use embedding::Embedding;

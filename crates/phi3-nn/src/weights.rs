@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Tensor};
 use phi3_kernels::{BlockType, MatrixRef, ShapeError, dequantize};
 
+use crate::cache_type::{CacheStore, CacheType};
 use crate::error::{Error, Result};
 
 /// A range of a shared byte buffer, usually of a mapped file. Cloning shares the buffer.
@@ -281,6 +282,7 @@ pub struct Weights {
     device: Device,
     dtype: DType,
     backend: Backend,
+    cache_type: CacheType,
     prefix: String,
     used: Arc<Mutex<BTreeSet<String>>>,
 }
@@ -297,6 +299,7 @@ impl Weights {
             device,
             dtype,
             backend,
+            cache_type: CacheType::F32,
             prefix: String::new(),
             used: Arc::default(),
         }
@@ -307,6 +310,21 @@ impl Weights {
     pub fn with_candle_operations(mut self) -> Self {
         self.backend = Backend::Candle;
         self
+    }
+
+    /// The same weights for a model whose caches are of this type where the kernels attend;
+    /// [`CacheType::F32`] by default, which is exact.
+    pub fn with_cache_type(mut self, cache_type: CacheType) -> Self {
+        self.cache_type = cache_type;
+        self
+    }
+
+    /// How the caches of the model are to be stored.
+    pub fn cache_store(&self) -> CacheStore {
+        match self.backend {
+            Backend::Kernels => CacheStore::Pages(self.cache_type),
+            Backend::Candle => CacheStore::Tensors(self.dtype),
+        }
     }
 
     /// Who multiplies and attends.

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use candle_core::DType;
 use phi3_nn::rope::RopeParameters;
-use phi3_nn::{AttentionPattern, Backend, CacheSpec, CausalLm, ModelInfo, Weights};
+use phi3_nn::{AttentionPattern, CacheSpec, CacheStore, CacheType, CausalLm, ModelInfo, Weights};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -54,9 +53,9 @@ impl ModelConfig {
     }
 
     /// Geometry of its caches, which tells their size.
-    pub fn cache_spec(&self, backend: Backend, dtype: DType) -> CacheSpec {
+    pub fn cache_spec(&self, store: CacheStore) -> CacheSpec {
         match self {
-            Self::Phi3(config) => config.cache_spec(backend, dtype),
+            Self::Phi3(config) => config.cache_spec(store),
         }
     }
 
@@ -76,6 +75,6 @@ impl ModelConfig {
 
     /// What a query of each layer sees.
     pub fn attention_patterns(&self) -> Vec<AttentionPattern> {
-        self.cache_spec(Backend::Kernels, DType::F32).patterns
+        self.cache_spec(CacheStore::Pages(CacheType::F32)).patterns
     }
 }

@@ -41,5 +41,5 @@ pub use importance::importance;
 pub use model::{LanguageModel, LoadOptions, load, load_template, load_tokenizer, load_with};
 pub use phi3_kernels::{InstructionSet, Probe, probe};
 pub use phi3_kernels::{argmax, backend_name, check_environment, num_threads, set_num_threads};
-pub use phi3_nn::DeviceSpec;
+pub use phi3_nn::{CacheType, DeviceSpec};
 pub use phi3_text::SamplingParams;

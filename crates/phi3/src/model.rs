@@ -6,7 +6,7 @@ use candle_core::DType;
 use phi3_hub::quantize::{Mix, QuantizedSource};
 use phi3_hub::{Checkpoint, HubOptions, Source};
 use phi3_nn::device::default_dtype;
-use phi3_nn::{CausalLm, DeviceSpec, TensorSource, Weights};
+use phi3_nn::{CacheStore, CacheType, CausalLm, DeviceSpec, TensorSource, Weights};
 use phi3_text::generate::{Completion, complete};
 use phi3_text::stop::stop_ids;
 use phi3_text::{ChatTemplate, Request, SamplingParams, SpecialTokens, Tokenizer};
@@ -25,6 +25,8 @@ pub struct LoadOptions {
     /// Dtype of dense weights and activations on a GPU; `None` chooses by device. The CPU always
     /// computes in f32, on weights as they are stored.
     pub dtype: Option<DType>,
+    /// Type of keys and values on the CPU; f16 by default. A GPU keeps them in `dtype`.
+    pub cache_type: CacheType,
     /// Branch, tag or commit on the hub; `None` is `main`.
     pub revision: Option<String>,
     /// Runs a checkpoint without LongRoPE factors beyond its trained length.
@@ -45,6 +47,7 @@ pub struct LanguageModel {
     stop_ids: Vec<u32>,
     sampling: SamplingParams,
     origin: String,
+    cache_store: CacheStore,
 }
 
 /// Loads a model from a repo id on the hub, a folder or a `.gguf` file, for the best device there is.
@@ -84,7 +87,7 @@ impl LanguageModel {
             Some(mix) => Arc::new(QuantizedSource::new(checkpoint, mix, None)?),
             None => Arc::clone(&checkpoint.weights),
         };
-        let weights = Weights::new(source, device, dtype);
+        let weights = Weights::new(source, device, dtype).with_cache_type(options.cache_type);
         let model = config.build(weights.clone())?;
         for name in weights.unused() {
             tracing::debug!(tensor = name, "not needed by this model");
@@ -111,6 +114,7 @@ impl LanguageModel {
             stop_ids,
             sampling: default_sampling(checkpoint.generation_config.as_ref()),
             origin: checkpoint.origin.clone(),
+            cache_store: weights.cache_store(),
         })
     }
 
@@ -122,6 +126,11 @@ impl LanguageModel {
     /// Its checked configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Who holds keys and values of its sequences, and in which form.
+    pub fn cache_store(&self) -> CacheStore {
+        self.cache_store
     }
 
     /// The folder or file that it was loaded from.

@@ -1,8 +1,7 @@
 //! config.json of model_type `phi3`.
 
-use candle_core::DType;
 use phi3_nn::rope::{LongRope, RopeKind, RopeParameters, RopeScalingConfig};
-use phi3_nn::{AttentionPattern, Backend, CacheSpec, Error, ModelInfo, Recompute, Result};
+use phi3_nn::{AttentionPattern, CacheSpec, CacheStore, Error, ModelInfo, Recompute, Result};
 use serde::Deserialize;
 
 /// config.json as it is written; fields that play no role at inference are left out.
@@ -98,7 +97,7 @@ impl Config {
     }
 
     /// Geometry and rules of the model's caches.
-    pub fn cache_spec(&self, backend: Backend, dtype: DType) -> CacheSpec {
+    pub fn cache_spec(&self, store: CacheStore) -> CacheSpec {
         CacheSpec {
             patterns: vec![self.attention; self.num_hidden_layers],
             num_key_value_heads: self.num_key_value_heads,
@@ -106,8 +105,7 @@ impl Config {
             rope_limit: self.rope_limit(),
             recompute: Recompute::Always,
             max_len: self.max_position_embeddings,
-            backend,
-            dtype,
+            store,
         }
     }
 

@@ -157,7 +157,7 @@ impl Model {
             norm,
             lm_head,
             rotary: RotaryEmbedding::new(&config.rope),
-            cache_spec: Arc::new(config.cache_spec(weights.backend(), weights.dtype())),
+            cache_spec: Arc::new(config.cache_spec(weights.cache_store())),
             info: config.info(),
         })
     }

@@ -147,9 +147,12 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
             let entry = entry?;
             let name = entry.file_name();
             let kind = entry.file_type()?;
+            if IGNORED.iter().any(|ignored| name == *ignored) {
+                continue; // `.git` is a file where the folder is one of several worktrees
+            }
             if kind.is_file() {
                 found.push(path.join(name));
-            } else if kind.is_dir() && !IGNORED.iter().any(|ignored| name == *ignored) {
+            } else if kind.is_dir() {
                 open.push(path.join(name));
             }
         }

@@ -38,7 +38,7 @@ pub struct Measured {
     pub seconds: Vec<f64>,
     /// The most memory until now.
     pub peak_memory: Option<u64>,
-    /// Bytes of keys and values that the sequences hold on average during the test.
+    /// Bytes of keys and values that a step reads of the sequences, on average.
     pub cache_bytes: f64,
 }
 
@@ -192,7 +192,7 @@ impl<'m> Bench<'m> {
             threads: phi3::num_threads(),
             seconds: seconds?,
             peak_memory: machine::peak_memory(),
-            cache_bytes: self.spec.bytes_at(mean_length) as f64 * test.batch as f64,
+            cache_bytes: self.spec.bytes_read_at(mean_length) as f64 * test.batch as f64,
         }))
     }
 
@@ -218,7 +218,7 @@ impl<'m> Bench<'m> {
         match &self.filled {
             Some(filled) => {
                 self.caches.clear();
-                self.caches.resize_with(batch, || filled.clone());
+                self.caches.resize_with(batch, || filled.unshared());
             }
             None => {
                 self.caches.truncate(batch);
@@ -226,7 +226,7 @@ impl<'m> Bench<'m> {
                     cache.truncate(self.depth)?;
                 }
                 let first = self.caches.first().context("no cache was filled")?.clone();
-                self.caches.resize_with(batch, || first.clone());
+                self.caches.resize_with(batch, || first.unshared());
             }
         }
         Ok(())

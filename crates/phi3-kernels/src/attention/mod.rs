@@ -45,8 +45,9 @@ impl AttentionShape {
     }
 }
 
-/// Keys and values of some consecutive positions, `[k, page_len, d]` each, head-major: the
-/// positions of one head lie behind each other.
+/// Keys and values of some consecutive positions, `[page_heads, page_len, d]` each, head-major:
+/// the positions of one head lie behind each other. A page that nobody sees any more may be
+/// absent: both slices are empty.
 #[derive(Clone, Copy, Debug)]
 pub struct KvPage<'a, T> {
     /// Rotated keys.
@@ -55,7 +56,8 @@ pub struct KvPage<'a, T> {
     pub values: &'a [T],
 }
 
-/// The pages of a sequence, in order, all of the same type.
+/// The pages of a sequence, all of the same type: by position, and among those of the same
+/// positions by head.
 #[derive(Clone, Copy, Debug)]
 pub enum KvPages<'a> {
     /// As computed.
@@ -73,6 +75,8 @@ pub struct AttentionJob<'a> {
     pub out: &'a mut [f32],
     /// Where keys and values lie. The last page may have room for more.
     pub pages: KvPages<'a>,
+    /// Key/value heads of a page; divides `num_kv_heads`.
+    pub page_heads: usize,
     /// Positions of a page.
     pub page_len: usize,
     /// Keys to be seen, from the first row of the first page on: s.
@@ -97,7 +101,8 @@ pub struct AttentionJob<'a> {
 ///
 /// # Panics
 /// When a width or a number of heads is 0, query heads are not a multiple of key/value heads, a
-/// slice is not as long as the numbers say, or a position is larger than `usize::MAX - 1`.
+/// slice is not as long as the numbers say, a query sees a key of an absent page, or a position is
+/// larger than `usize::MAX - 1`.
 pub fn attend_packed(jobs: &mut [AttentionJob<'_>]) {
     jobs.iter().for_each(AttentionJob::check);
     schedule::run(jobs, crate::dispatch::backend());
@@ -123,6 +128,7 @@ pub fn attend(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape, ou
         q,
         out,
         pages: KvPages::F32(if len == 0 { &[] } else { &pages }),
+        page_heads: 1,
         page_len: len,
         len,
         num_heads: 1,
@@ -165,8 +171,15 @@ impl AttentionJob<'_> {
             self.q.len(),
             self.out.len()
         );
-        let page = k.checked_mul(self.page_len).and_then(|n| n.checked_mul(d));
-        let fits = |keys: usize, values: usize| Some(keys) == page && values == keys;
+        let heads = self.page_heads;
+        assert!(
+            heads > 0 && k.is_multiple_of(heads),
+            "attend: pages of {heads} heads do not divide {k} key/value heads"
+        );
+        let page = heads
+            .checked_mul(self.page_len)
+            .and_then(|n| n.checked_mul(d));
+        let fits = |keys: usize, values: usize| keys == values && (Some(keys) == page || keys == 0);
         let (pages, fit) = match self.pages {
             KvPages::F32(pages) => (
                 pages.len(),
@@ -179,14 +192,14 @@ impl AttentionJob<'_> {
         };
         assert!(
             fit,
-            "attend: a page does not hold {k} heads of {} positions of {d}",
+            "attend: a page does not hold {heads} heads of {} positions of {d}",
             self.page_len
         );
         assert!(
-            pages
+            (pages / (k / heads))
                 .checked_mul(self.page_len)
                 .is_none_or(|room| self.len <= room),
-            "attend: {} keys in {pages} pages of {}",
+            "attend: {} keys in {pages} pages of {heads} of {k} heads and {} positions",
             self.len,
             self.page_len
         );

@@ -32,9 +32,11 @@ const LANES: usize = 8;
 pub(super) struct Sequence<'a> {
     pub(super) q: &'a [f32],
     pages: KvPages<'a>,
+    page_heads: usize,
     page_len: usize,
     len: usize,
     pub(super) num_heads: usize,
+    num_kv_heads: usize,
     pub(super) group: usize,
     pub(super) shape: AttentionShape,
 }
@@ -44,9 +46,11 @@ impl<'a> Sequence<'a> {
         Self {
             q: job.q,
             pages: job.pages,
+            page_heads: job.page_heads,
             page_len: job.page_len,
             len: job.len,
             num_heads: job.num_heads,
+            num_kv_heads: job.num_kv_heads,
             group: job.group(),
             shape: job.shape,
         }
@@ -105,8 +109,9 @@ impl<'a> Sequence<'a> {
 
     /// The keys of a block, or its values.
     fn rows(&self, head: usize, block: &Range<usize>, of_keys: bool) -> Rows<'a> {
-        let (page, first) = (block.start / self.page_len, block.start % self.page_len);
-        let start = head * self.page_len + first;
+        let (row, first) = (block.start / self.page_len, block.start % self.page_len);
+        let page = row * (self.num_kv_heads / self.page_heads) + head / self.page_heads;
+        let start = head % self.page_heads * self.page_len + first;
         let rows = match self.pages {
             KvPages::F32(pages) if of_keys => Rows::F32(pages[page].keys),
             KvPages::F32(pages) => Rows::F32(pages[page].values),

@@ -3,8 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
-use phi3_nn::weights::Backend;
-use phi3_nn::{CacheSpec, CausalLm, Input, KvCache, LogitRows, ModelInfo};
+use phi3_nn::{CacheSpec, CacheStore, CausalLm, Input, KvCache, LogitRows, ModelInfo};
 use phi3_nn::{Observer, Packed, Recompute, Span};
 
 /// What one span of a call brought: start, ids, known length, whether it wanted logits.
@@ -52,8 +51,7 @@ impl FakeModel {
             rope_limit: None,
             recompute: Recompute::default(),
             max_len: context,
-            backend: Backend::Kernels,
-            dtype: DType::F32,
+            store: CacheStore::Tensors(DType::F32),
         });
         Self {
             info,
