@@ -26,8 +26,7 @@ pub type F32Tensor = (String, Vec<usize>, Vec<u8>);
 pub struct Kit {
     /// config.json.
     pub config: serde_json::Value,
-    /// Tensor `<case>.<name>`.
-    goldens: BTreeMap<String, Golden>,
+    goldens: Goldens,
     weights: Vec<u8>,
 }
 
@@ -41,32 +40,9 @@ impl Kit {
             let path = folder.join(name);
             std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
         };
-        let bytes = read("golden.safetensors")?;
-        let mut goldens = BTreeMap::new();
-        for (name, view) in SafeTensors::deserialize(&bytes)?.tensors() {
-            let shape = view.shape().to_vec();
-            let golden = match view.dtype() {
-                Dtype::I64 => {
-                    let ids = view.data().chunks_exact(8).map(|c| {
-                        c.try_into()
-                            .map(|c| i64::from_le_bytes(c).try_into().unwrap_or(u32::MAX))
-                    });
-                    Golden::Ids(ids.collect::<Result<_, _>>()?, shape)
-                }
-                Dtype::F32 => {
-                    let floats = view
-                        .data()
-                        .chunks_exact(4)
-                        .map(|c| c.try_into().map(f32::from_le_bytes));
-                    Golden::Floats(floats.collect::<Result<_, _>>()?, shape)
-                }
-                other => bail!("golden `{name}` is {other:?}"),
-            };
-            goldens.insert(name, golden);
-        }
         Ok(Self {
             config: serde_json::from_slice(&read("config.json")?)?,
-            goldens,
+            goldens: Goldens::load(folder)?,
             weights: read("model.safetensors")?,
         })
     }
@@ -128,29 +104,17 @@ impl Kit {
 
     /// Case names, sorted.
     pub fn cases(&self) -> Vec<String> {
-        let mut cases: Vec<_> = self
-            .goldens
-            .keys()
-            .filter_map(|name| name.split_once('.').map(|(case, _)| case.to_owned()))
-            .collect();
-        cases.dedup();
-        cases
+        self.goldens.cases()
     }
 
     /// The ids `<case>.<name>`.
     pub fn ids(&self, case: &str, name: &str) -> Option<&[u32]> {
-        match self.goldens.get(&format!("{case}.{name}")) {
-            Some(Golden::Ids(ids, _)) => Some(ids),
-            _ => None,
-        }
+        self.goldens.ids(case, name)
     }
 
     /// The floats `<case>.<name>`.
     pub fn floats(&self, case: &str, name: &str) -> Option<&[f32]> {
-        match self.goldens.get(&format!("{case}.{name}")) {
-            Some(Golden::Floats(floats, _)) => Some(floats),
-            _ => None,
-        }
+        self.goldens.floats(case, name)
     }
 
     /// The hidden states that a case stores, in the order in which a model computes them.
@@ -165,5 +129,74 @@ impl Kit {
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), self.floats(case, name)?)))
         .collect()
+    }
+}
+
+/// The tensors of a golden.safetensors, named `<case>.<name>`.
+pub struct Goldens(BTreeMap<String, Golden>);
+
+impl Goldens {
+    /// Reads the golden.safetensors of a folder.
+    ///
+    /// # Errors
+    /// If it is missing or malformed.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join("golden.safetensors");
+        let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        let mut goldens = BTreeMap::new();
+        for (name, view) in SafeTensors::deserialize(&bytes)?.tensors() {
+            let shape = view.shape().to_vec();
+            let golden = match view.dtype() {
+                Dtype::I64 => {
+                    let ids = view.data().chunks_exact(8).map(|c| {
+                        c.try_into()
+                            .map(|c| i64::from_le_bytes(c).try_into().unwrap_or(u32::MAX))
+                    });
+                    Golden::Ids(ids.collect::<Result<_, _>>()?, shape)
+                }
+                Dtype::F32 => {
+                    let floats = view
+                        .data()
+                        .chunks_exact(4)
+                        .map(|c| c.try_into().map(f32::from_le_bytes));
+                    Golden::Floats(floats.collect::<Result<_, _>>()?, shape)
+                }
+                other => bail!("golden `{name}` is {other:?}"),
+            };
+            goldens.insert(name, golden);
+        }
+        Ok(Self(goldens))
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// Case names, sorted.
+    pub fn cases(&self) -> Vec<String> {
+        let mut cases: Vec<_> = self
+            .0
+            .keys()
+            .filter_map(|name| name.split_once('.').map(|(case, _)| case.to_owned()))
+            .collect();
+        cases.dedup();
+        cases
+    }
+
+    /// The ids `<case>.<name>`.
+    pub fn ids(&self, case: &str, name: &str) -> Option<&[u32]> {
+        match self.0.get(&format!("{case}.{name}")) {
+            Some(Golden::Ids(ids, _)) => Some(ids),
+            _ => None,
+        }
+    }
+
+    /// The floats `<case>.<name>`.
+    pub fn floats(&self, case: &str, name: &str) -> Option<&[f32]> {
+        match self.0.get(&format!("{case}.{name}")) {
+            Some(Golden::Floats(floats, _)) => Some(floats),
+            _ => None,
+        }
     }
 }

@@ -29,7 +29,8 @@ pub struct Args {
     #[arg(long, value_name = "K")]
     decode_from: Option<NonZeroUsize>,
     /// Also write the hidden states: hidden_embed, hidden_layer0_attn, hidden_layer0, …,
-    /// hidden_layer_last, hidden_final_norm.
+    /// hidden_layer_last, hidden_final_norm; of a mixture of experts also layer0.router_logits,
+    /// layer0.experts (i64), layer0.weights, layer0.moe_in, layer0.moe_out, ….
     #[arg(long)]
     hidden: bool,
     /// Then continue greedily by N ids: generate_ids [N] and generate_logits [N, vocab], the row
@@ -72,6 +73,8 @@ struct Sequence {
 struct Hidden {
     values: Vec<f32>,
     width: usize,
+    /// Whether the values are indices: written as i64.
+    indices: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -232,15 +235,16 @@ fn step(
         sequence.done += count;
         sequence.logits.extend(rows.by_ref().take(*count).flatten());
     }
-    for (name, (values, width)) in recorder.shown {
-        let mut rows = values.chunks_exact(width.max(1));
+    for (name, shown) in recorder.shown {
+        let width = shown.width;
+        let mut rows = shown.values.chunks_exact(width.max(1));
         for (sequence, count) in sequences
             .iter_mut()
             .zip(&counts)
             .filter(|(_, count)| **count > 0)
         {
             let hidden = sequence.hidden.entry(name.clone()).or_default();
-            hidden.width = width;
+            (hidden.width, hidden.indices) = (width, shown.indices);
             hidden.values.extend(rows.by_ref().take(*count).flatten());
         }
     }
@@ -294,7 +298,7 @@ fn generate(model: &dyn CausalLm, sequences: &mut [Sequence], count: usize) -> R
 
 fn write(out: &Path, sequences: &[Sequence], vocab: usize) -> Result<()> {
     let mut floats: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
-    let mut ids: Vec<(String, Vec<i64>)> = Vec::new();
+    let mut ids: Vec<(String, Vec<usize>, Vec<i64>)> = Vec::new();
     for sequence in sequences {
         let name = |name: &str| format!("{}{name}", sequence.prefix);
         floats.push((
@@ -304,18 +308,23 @@ fn write(out: &Path, sequences: &[Sequence], vocab: usize) -> Result<()> {
         ));
         for (hidden_name, hidden) in &sequence.hidden {
             let shape = vec![hidden.values.len() / hidden.width.max(1), hidden.width];
-            floats.push((name(hidden_name), shape, &hidden.values));
+            if hidden.indices {
+                let indices = hidden.values.iter().map(|&index| index as i64).collect();
+                ids.push((name(hidden_name), shape, indices));
+            } else {
+                floats.push((name(hidden_name), shape, &hidden.values));
+            }
         }
         if !sequence.generated.is_empty() {
             let shape = vec![sequence.generated.len(), vocab];
             floats.push((name("generate_logits"), shape, &sequence.generated_rows));
             ids.push((
                 name("generate_ids"),
+                vec![sequence.generated.len()],
                 sequence.generated.iter().map(|id| i64::from(*id)).collect(),
             ));
         }
     }
-    let id_shapes: Vec<[usize; 1]> = ids.iter().map(|(_, ids)| [ids.len()]).collect();
     let mut tensors: Vec<TensorToWrite<'_>> = floats
         .iter()
         .map(|(name, shape, values)| TensorToWrite {
@@ -324,15 +333,11 @@ fn write(out: &Path, sequences: &[Sequence], vocab: usize) -> Result<()> {
             data: TensorData::F32(values),
         })
         .collect();
-    tensors.extend(
-        ids.iter()
-            .zip(&id_shapes)
-            .map(|((name, ids), shape)| TensorToWrite {
-                name,
-                shape,
-                data: TensorData::I64(ids),
-            }),
-    );
+    tensors.extend(ids.iter().map(|(name, shape, ids)| TensorToWrite {
+        name,
+        shape,
+        data: TensorData::I64(ids),
+    }));
     write_safetensors(out, &tensors, &[("format", "pt")])
         .with_context(|| format!("writing {}", out.display()))
 }
@@ -340,18 +345,24 @@ fn write(out: &Path, sequences: &[Sequence], vocab: usize) -> Result<()> {
 /// Collects the hidden states of a call, as f32 rows.
 #[derive(Default)]
 struct Recorder {
-    shown: BTreeMap<String, (Vec<f32>, usize)>,
+    shown: BTreeMap<String, Hidden>,
 }
 
 impl Observer for Recorder {
     fn wants(&self, name: &str) -> bool {
-        name.starts_with("hidden_")
+        // `layerN.` is what a router shows; linear layers are called by their tensors' names.
+        name.starts_with("hidden_") || name.starts_with("layer")
     }
 
     fn observe(&mut self, name: &str, value: &Tensor) -> phi3::nn::Result<()> {
         let width = value.dims().iter().skip(1).product();
-        let values = value.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        self.shown.insert(name.to_owned(), (values, width));
+        let shown = Hidden {
+            // Indices are far below 2^24, up to which f32 counts exactly.
+            values: value.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+            width,
+            indices: value.dtype() == DType::U32,
+        };
+        self.shown.insert(name.to_owned(), shown);
         Ok(())
     }
 }

@@ -105,7 +105,9 @@ impl<'a> Span<'a> {
 /// under that layer's tensor name without `.weight`.
 ///
 /// A tensor's first axis counts the packed rows that the caller sent; rows that the model
-/// recomputes on its own behalf are not shown.
+/// recomputes on its own behalf are not shown. The linear layers of an expert see, and show, only
+/// the rows that were routed to it. A router shows `layerN.router_logits` `[n, experts]`, and of
+/// each choice `layerN.experts` (u32) and `layerN.weights`, `[n, choices]`.
 pub trait Observer {
     /// Whether `name` is of interest; asked first, so that nothing is computed in vain.
     fn wants(&self, name: &str) -> bool;

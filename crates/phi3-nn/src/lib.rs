@@ -33,7 +33,7 @@ pub use error::{Error, Result};
 pub use kv_cache::{CacheSpec, KvCache, Recompute};
 pub use linear::Linear;
 pub use mlp::GatedMlp;
-pub use norm::RmsNorm;
+pub use norm::{LayerNorm, RmsNorm};
 pub use packed::Packed;
 pub use rope::{Regime, RopeTables, RotaryEmbedding};
 pub use weights::{

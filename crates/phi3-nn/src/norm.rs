@@ -1,4 +1,4 @@
-//! Root-mean-square normalization.
+//! Normalization of rows: by their root mean square, or by mean and deviation.
 
 use candle_core::{DType, Tensor};
 
@@ -68,6 +68,59 @@ impl RmsNorm {
         let mean_square = wide.sqr()?.mean_keepdim(1)?;
         let scaled = wide.broadcast_div(&(mean_square + self.eps)?.sqrt()?)?;
         Ok(scaled.to_dtype(x.dtype())?.broadcast_mul(&self.weight)?)
+    }
+}
+
+/// (x - mean) · 1/√(variance + eps) in f32, rounded to the dtype of x, times the weight, plus the
+/// bias. The variance is the population's.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let parameter = |values: [f32; 2]| Tensor::new(&values, &Device::Cpu);
+/// let norm = phi3_nn::LayerNorm::from_tensors(parameter([1., 2.])?, parameter([0., 5.])?, 0.0);
+/// let y = norm.forward(&Tensor::new(&[[3f32, 7.]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1., 7.]]);
+/// # Ok::<(), phi3_nn::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    weight: Tensor, // [hidden]
+    bias: Tensor,   // [hidden]
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Loads `weight` and `bias` `[size]` below the prefix of `weights`.
+    ///
+    /// # Errors
+    /// As [`Weights::stored`].
+    pub fn load(weights: Weights, size: usize, eps: f64) -> Result<Self> {
+        let load = |name| -> Result<Tensor> {
+            Ok(weights
+                .tensor_f32(name, &[size])?
+                .to_dtype(weights.dtype())?)
+        };
+        Ok(Self::from_tensors(load("weight")?, load("bias")?, eps))
+    }
+
+    /// A norm with the given weight and bias `[size]`.
+    pub fn from_tensors(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, bias, eps }
+    }
+
+    /// x `[n, size]` to `[n, size]`: any device, differentiable.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the shapes do not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let wide = x.to_dtype(DType::F32)?;
+        let centered = wide.broadcast_sub(&wide.mean_keepdim(1)?)?;
+        let variance = centered.sqr()?.mean_keepdim(1)?;
+        let scaled = centered.broadcast_div(&(variance + self.eps)?.sqrt()?)?;
+        Ok(scaled
+            .to_dtype(x.dtype())?
+            .broadcast_mul(&self.weight)?
+            .broadcast_add(&self.bias)?)
     }
 }
 

@@ -166,6 +166,48 @@ impl<'a, 's> Packed<'a, 's> {
         observer.observe(&name, &shown)
     }
 
+    /// Whether anybody may want to be shown something.
+    pub fn is_observed(&self) -> bool {
+        self.observer.is_some()
+    }
+
+    /// [`Packed::observe`] for a `value` that has some of the rows that run: `rows[i]` is the one
+    /// that its row i belongs to. Those that the caller did not send are left out.
+    ///
+    /// # Errors
+    /// Those of the observer.
+    pub fn observe_rows(
+        &mut self,
+        name: impl FnOnce() -> String,
+        value: &Tensor,
+        rows: &[u32],
+    ) -> Result<()> {
+        let Some(observer) = self.observer.as_deref_mut() else {
+            return Ok(());
+        };
+        let name = name();
+        if !observer.wants(&name) {
+            return Ok(());
+        }
+        let sent = |row: usize| {
+            let mut plans = self.plans.iter();
+            plans.any(|plan| (plan.rows.start + plan.span.history..plan.rows.end).contains(&row))
+        };
+        let shown: Vec<u32> = (0u32..)
+            .zip(rows)
+            .filter(|(_, row)| sent(**row as usize))
+            .map(|(idx, _)| idx)
+            .collect();
+        match shown.len() {
+            0 => Ok(()),
+            all if all == rows.len() => observer.observe(&name, value),
+            _ => {
+                let shown = Tensor::new(shown.as_slice(), value.device())?;
+                observer.observe(&name, &value.index_select(&shown, 0)?)
+            }
+        }
+    }
+
     /// Runs a linear layer and shows its input to the observer under the layer's name.
     ///
     /// # Errors

@@ -47,6 +47,10 @@ pub struct RopeScalingConfig {
     pub long_factor: Option<Vec<f64>>,
     /// Multiplies cos and sin in both regimes, instead of the formula.
     pub attention_factor: Option<f64>,
+    /// Multiplies cos and sin up to the original length, in models that state it (phimoe, phi3small).
+    pub short_mscale: Option<f64>,
+    /// Multiplies cos and sin beyond it, in models that state it.
+    pub long_mscale: Option<f64>,
     /// Length that splits the regimes, where it stands inside.
     pub original_max_position_embeddings: Option<usize>,
     /// Length ratio for the formula of the attention factor, instead of the ratio of the lengths.

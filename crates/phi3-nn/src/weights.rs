@@ -178,6 +178,36 @@ impl StoredTensor {
         self.parts.iter().map(|part| part.bytes.len()).sum()
     }
 
+    /// The matrix (or tensor) at `index` of the first axis, in place: one expert of a stack
+    /// `[experts, out, in]`.
+    ///
+    /// # Errors
+    /// [`LayoutError::Rows`] if there is none, or the tensor has no second axis.
+    pub fn at(&self, index: usize) -> std::result::Result<Self, LayoutError> {
+        let missing = |found| LayoutError::Rows {
+            expected: index.saturating_add(1),
+            found,
+        };
+        let mut skipped = 0;
+        for part in &self.parts {
+            if let Some(local) = index.checked_sub(skipped).filter(|i| *i < part.rows) {
+                let (Some(rows), shape) = (self.shape.get(1), self.shape.get(1..)) else {
+                    return Err(missing(0));
+                };
+                let size = part.bytes.len() / part.rows;
+                let bytes = part.bytes.slice(local * size..(local + 1) * size);
+                let part = TensorPart {
+                    block_type: part.block_type,
+                    rows: *rows,
+                    bytes: bytes.ok_or_else(|| missing(part.rows))?,
+                };
+                return Self::stacked(shape.unwrap_or_default().to_vec(), vec![part]);
+            }
+            skipped += part.rows;
+        }
+        Err(missing(skipped))
+    }
+
     /// All weights as f32, in row order.
     ///
     /// # Errors

@@ -14,11 +14,13 @@ use crate::error::{Error, Result};
 pub enum ModelConfig {
     /// `phi3`: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini.
     Phi3(phi_3_mini::Config),
+    /// `phimoe`: Phi-3.5-MoE.
+    PhiMoe(phi_3_5_moe::Config),
 }
 
 impl ModelConfig {
     /// Every `model_type` that can be built.
-    pub const MODEL_TYPES: [&'static str; 1] = ["phi3"];
+    pub const MODEL_TYPES: [&'static str; 2] = ["phi3", "phimoe"];
 
     /// Reads config.json and chooses the model.
     ///
@@ -28,6 +30,7 @@ impl ModelConfig {
     pub fn from_json(config: &Value) -> Result<Self> {
         match config.get("model_type").and_then(Value::as_str) {
             Some("phi3") => Ok(Self::Phi3(phi_3_mini::Config::from_json(config)?)),
+            Some("phimoe") => Ok(Self::PhiMoe(phi_3_5_moe::Config::from_json(config)?)),
             other => Err(Error::ModelType {
                 found: other.unwrap_or("(none)").to_owned(),
                 supported: Self::MODEL_TYPES.join(", "),
@@ -42,6 +45,7 @@ impl ModelConfig {
     pub fn build(&self, weights: Weights) -> Result<Arc<dyn CausalLm>> {
         match self {
             Self::Phi3(config) => Ok(Arc::new(phi_3_mini::Model::new(config, weights)?)),
+            Self::PhiMoe(config) => Ok(Arc::new(phi_3_5_moe::Model::new(config, weights)?)),
         }
     }
 
@@ -49,6 +53,7 @@ impl ModelConfig {
     pub fn info(&self) -> ModelInfo {
         match self {
             Self::Phi3(config) => config.info(),
+            Self::PhiMoe(config) => config.info(),
         }
     }
 
@@ -56,6 +61,7 @@ impl ModelConfig {
     pub fn cache_spec(&self, store: CacheStore) -> CacheSpec {
         match self {
             Self::Phi3(config) => config.cache_spec(store),
+            Self::PhiMoe(config) => config.cache_spec(store),
         }
     }
 
@@ -63,6 +69,7 @@ impl ModelConfig {
     pub fn rope(&self) -> &RopeParameters {
         match self {
             Self::Phi3(config) => &config.rope,
+            Self::PhiMoe(config) => &config.rope,
         }
     }
 
@@ -70,6 +77,7 @@ impl ModelConfig {
     pub fn num_attention_heads(&self) -> usize {
         match self {
             Self::Phi3(config) => config.num_attention_heads,
+            Self::PhiMoe(config) => config.num_attention_heads,
         }
     }
 

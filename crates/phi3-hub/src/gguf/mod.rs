@@ -10,7 +10,6 @@ mod config;
 mod container;
 mod error;
 pub(crate) mod export;
-pub(crate) mod int4;
 mod keys;
 mod merges;
 mod names;
