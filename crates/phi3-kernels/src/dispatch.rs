@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::Avx2;
 use crate::{MatrixRef, scalar};
@@ -15,6 +17,9 @@ pub(crate) enum Backend {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 /// The backend in use: the last of [`available`], or the one that `PHI3_KERNELS` names.
@@ -31,6 +36,8 @@ pub(crate) fn available() -> Vec<Backend> {
     let scalar = [Backend::Scalar].into_iter();
     #[cfg(target_arch = "x86_64")]
     let scalar = scalar.chain(Avx2::new().map(Backend::Avx2));
+    #[cfg(target_arch = "aarch64")]
+    let scalar = scalar.chain(Neon::new().map(Backend::Neon));
     scalar.collect()
 }
 
@@ -41,6 +48,8 @@ impl Backend {
             Backend::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(_) => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(_) => "neon",
         }
     }
 
@@ -57,6 +66,8 @@ impl Backend {
             Backend::Scalar => scalar::matmul_rows(x, n, w, first_row, out),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.matmul_rows(x, n, w, first_row, out),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(neon) => neon.matmul_rows(x, n, w, first_row, out),
         }
     }
 }

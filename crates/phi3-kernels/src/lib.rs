@@ -26,6 +26,8 @@
 //! # Ok::<(), phi3_kernels::ShapeError>(())
 //! ```
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod attention;
 mod block;
 mod dispatch;
@@ -34,6 +36,8 @@ mod ops;
 mod probe;
 mod quantize;
 mod scalar;
+#[cfg(target_arch = "aarch64")]
+mod simd128;
 #[doc(hidden)]
 pub mod testing;
 mod threads;
@@ -50,8 +54,8 @@ pub use probe::{InstructionSet, Probe, probe};
 pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};
 
-/// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor) or
-/// `avx2` (x86-64 with AVX2, FMA and F16C).
+/// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor),
+/// `avx2` (x86-64 with AVX2, FMA and F16C) or `neon` (64-bit ARM).
 pub fn backend_name() -> &'static str {
     dispatch::backend().name()
 }

@@ -36,6 +36,8 @@ impl Backend {
             Backend::Scalar => scalar::scores(q, keys, d, out, stride),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.scores(q, keys, d, out, stride),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(neon) => neon.scores(q, keys, d, out, stride),
         }
     }
 
@@ -47,6 +49,8 @@ impl Backend {
             Backend::Scalar => scalar::exponentials(scores),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.exponentials(scores),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(neon) => neon.exponentials(scores),
         }
     }
 
@@ -64,6 +68,8 @@ impl Backend {
             Backend::Scalar => scalar::weighted_sum(weights, stride, values, d, acc),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.weighted_sum(weights, stride, values, d, acc),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(neon) => neon.weighted_sum(weights, stride, values, d, acc),
         }
     }
 
@@ -73,6 +79,8 @@ impl Backend {
             Backend::Scalar => scalar::widen(halves, out),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.widen(halves, out),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(neon) => neon.widen(halves, out),
         }
     }
 
@@ -83,6 +91,8 @@ impl Backend {
             Backend::Scalar => scalar::narrow(values, out),
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2.narrow(values, out),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(neon) => neon.narrow(values, out),
         }
     }
 }
