@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the fixtures of phi3-kernels' block formats, decoded by the gguf package.
+"""Makes the fixtures of phi3-kernels' block formats, decoded by the gguf package, and INT4 by numpy.
 
     python -m venv venv && venv/bin/pip install gguf==0.19.0 numpy==2.4.6
     venv/bin/python scripts/make_block_fixtures.py
@@ -33,6 +33,7 @@ FACTORS = {
     "IQ4_NL": [0],
     "F16": [],
     "BF16": [],
+    "INT4": [0],
 }
 
 
@@ -40,8 +41,11 @@ def main():
     OUT.mkdir(parents=True, exist_ok=True)
     for seed, (name, factors) in enumerate(FACTORS.items()):
         random = np.random.Generator(np.random.PCG64(seed))
-        kind = gguf.GGMLQuantizationType[name]
-        block_len, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if name == "INT4":
+            block_len, block_bytes = 256, 130
+        else:
+            kind = gguf.GGMLQuantizationType[name]
+            block_len, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         blocks = random.integers(
             0, 256, (ROWS * COLS // block_len, block_bytes), dtype=np.uint8
         )
@@ -58,11 +62,22 @@ def main():
         data = blocks.reshape(ROWS, -1)
         if name == "F16":
             weights = data.view(np.float16).astype(np.float32)
+        elif name == "INT4":
+            weights = int4(blocks).reshape(ROWS, COLS)
         else:
             weights = gguf.quants.dequantize(data, kind)
         assert weights.shape == (ROWS, COLS) and np.isfinite(weights).all()
         weights = weights.astype("<f4").tobytes()
         (OUT / f"{name.lower()}.bin").write_bytes(data.tobytes() + weights)
+
+
+def int4(blocks):
+    """A block is a half and 128 bytes; of each 64 weights, byte l of 32 holds q of weight l low and
+    that of weight l + 32 high; a weight is d * (q - 8)."""
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    packed = blocks[:, 2:].reshape(-1, 4, 1, 32)
+    q = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 256)
+    return d * (q.astype(np.float32) - 8)
 
 
 if __name__ == "__main__":

@@ -118,3 +118,22 @@ fn the_uneven_table_is_nearer_than_even_steps() -> Result<()> {
     }
     Ok(())
 }
+
+/// INT4 of one scale for 256 weights, found by search, beside the usual way to make one: the largest
+/// weight at the end of the range. Measured on normal and on heavy-tailed rows 0.0976 and 0.2390,
+/// that way 0.1204 and 0.2950.
+#[test]
+fn the_phone_form_is_nearer_than_its_largest_weight_makes_it() -> Result<()> {
+    for x in rows() {
+        let mut naive = vec![0.0; x.len()];
+        for (x, y) in x.chunks(256).zip(naive.chunks_mut(256)) {
+            let d = x.iter().fold(0f32, |m, x| m.max(x.abs())) / 7.0;
+            for (x, y) in x.iter().zip(y) {
+                *y = d * (x / d).round().clamp(-8.0, 7.0);
+            }
+        }
+        let (found, naive) = (ours(BlockType::Int4, &x)?, error(&x, &naive));
+        assert!(found < 0.85 * naive, "{found:.4}, {naive:.4}");
+    }
+    Ok(())
+}

@@ -198,7 +198,7 @@ pub fn run(args: &Args) -> Result<()> {
             name: model,
             info: info.clone(),
             file_type: match &random {
-                Some(random) => random.file_type().name().to_owned(),
+                Some(random) => random.mix().name().to_owned(),
                 None => weights.kind.clone(),
             },
             load,

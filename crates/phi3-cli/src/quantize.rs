@@ -18,7 +18,8 @@ use crate::output::{self, UsageError};
 /// Writes a model as one GGUF file, tokenizer and chat template included, which llama.cpp reads too.
 ///
 /// Types: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, IQ4_NL,
-/// Q4_0, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, largest first. Q4_K_M is what most people want. Rows that
+/// Q4_0, INT4, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, largest first. INT4 is the smallest of four bits and this
+/// program's own: llama.cpp refuses its files. Q4_K_M is what most people want. Rows that
 /// are no whole blocks of a type get another of about its size, as in llama.cpp. The file appears
 /// when it is complete; an interrupted run leaves nothing behind and is simply run again.
 #[derive(clap::Args)]

@@ -3,12 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// How the weights of a matrix are stored: ggml's block formats and the plain float types.
+/// How the weights of a matrix are stored: ggml's block formats, the plain float types, and one
+/// format of this project, [`Int4`](Self::Int4).
 ///
 /// A quantized row is a sequence of blocks of [`block_len`](Self::block_len) weights, each
 /// [`block_bytes`](Self::block_bytes) long, without padding between blocks or rows. All numbers
 /// are little-endian. The layouts are those of ggml's `ggml-common.h`; [`dequantize`] states
-/// the formula of each.
+/// the formula of each, and the layout of [`Int4`](Self::Int4).
 ///
 /// [`dequantize`]: crate::dequantize
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,11 +42,14 @@ pub enum BlockType {
     Q6K,
     /// 32 weights `d * table[q]` with a table of 16 unevenly spaced values: 4.5 bits a weight.
     IQ4NL,
+    /// 256 weights `d * (q - 8)`, 4 bits each: 4.0625 bits a weight. A type of this project, which
+    /// ggml does not have: the symmetric 4-bit form that the Phi-3 report describes for phones.
+    Int4,
 }
 
 impl BlockType {
     /// Every type, in declaration order.
-    pub const ALL: [BlockType; 14] = [
+    pub const ALL: [BlockType; 15] = [
         BlockType::F32,
         BlockType::F16,
         BlockType::BF16,
@@ -60,6 +64,7 @@ impl BlockType {
         BlockType::Q5K,
         BlockType::Q6K,
         BlockType::IQ4NL,
+        BlockType::Int4,
     ];
 
     /// The type with this id in ggml's `enum ggml_type`, which is also the id in a GGUF file;
@@ -68,7 +73,9 @@ impl BlockType {
         Self::ALL.into_iter().find(|t| t.ggml_id() == id)
     }
 
-    /// The id of this type in ggml's `enum ggml_type` and in GGUF files.
+    /// The id of this type in ggml's `enum ggml_type` and in GGUF files. That of
+    /// [`Int4`](Self::Int4) is the bytes `INT4` read as a number, so far outside of the enumeration
+    /// that ggml refuses a file which holds it instead of taking it for something else.
     pub fn ggml_id(self) -> u32 {
         match self {
             BlockType::F32 => 0,
@@ -85,6 +92,7 @@ impl BlockType {
             BlockType::Q6K => 14,
             BlockType::IQ4NL => 20,
             BlockType::BF16 => 30,
+            BlockType::Int4 => u32::from_le_bytes(*b"INT4"),
         }
     }
 
@@ -105,10 +113,11 @@ impl BlockType {
             BlockType::Q5K => "Q5_K",
             BlockType::Q6K => "Q6_K",
             BlockType::IQ4NL => "IQ4_NL",
+            BlockType::Int4 => "INT4",
         }
     }
 
-    /// Weights in a block: 1 for the float types, 256 for the K types, 32 for the others.
+    /// Weights in a block: 1 for the float types, 256 for the K types and INT4, 32 for the others.
     pub const fn block_len(self) -> usize {
         match self {
             BlockType::F32 | BlockType::F16 | BlockType::BF16 => 1,
@@ -118,9 +127,12 @@ impl BlockType {
             | BlockType::Q5_1
             | BlockType::Q8_0
             | BlockType::IQ4NL => 32,
-            BlockType::Q2K | BlockType::Q3K | BlockType::Q4K | BlockType::Q5K | BlockType::Q6K => {
-                256
-            }
+            BlockType::Q2K
+            | BlockType::Q3K
+            | BlockType::Q4K
+            | BlockType::Q5K
+            | BlockType::Q6K
+            | BlockType::Int4 => 256,
         }
     }
 
@@ -135,6 +147,7 @@ impl BlockType {
             BlockType::Q5_1 => 24,
             BlockType::Q8_0 => 34,
             BlockType::Q2K => 84,
+            BlockType::Int4 => 130,
             BlockType::Q3K => 110,
             BlockType::Q4K => 144,
             BlockType::Q5K => 176,
@@ -371,6 +384,7 @@ mod tests {
             assert_eq!(t.name().to_lowercase().replace('_', "").parse(), Ok(t));
             assert_eq!(t.to_string(), t.name());
         }
+        assert_eq!(BlockType::Int4.ggml_id(), 0x3454_4e49);
         // 4 and 5 were Q4_2 and Q4_3, 9 is Q8_1, 15 Q8_K, which is never stored.
         for id in [4, 5, 9, 15, 16, 24, 31, u32::MAX] {
             assert_eq!(BlockType::from_ggml(id), None);

@@ -14,8 +14,10 @@ const ROW_MULTIPLE: usize = 8;
 /// With d (and m, dmin) the block's half-precision factors, q the stored weight, s and z the
 /// scale and minimum of a group: Q4_0 `d (q - 8)`, Q5_0 `d (q - 16)`, Q4_1 and Q5_1 `d q + m`,
 /// Q8_0 `d q`, IQ4_NL `d table[q]`, Q2_K, Q4_K and Q5_K `(d s) q - dmin z`, Q3_K
-/// `(d (s - 32)) (q - 4)`, Q6_K `(d s) (q - 32)`; rounded to f32 after every operation. Layouts
-/// and formulas are those of `dequantize_row_*` in ggml's `ggml-quants.c`. Infinite and NaN
+/// `(d (s - 32)) (q - 4)`, Q6_K `(d s) (q - 32)`, INT4 `d (q - 8)`; rounded to f32 after every
+/// operation. Layouts and formulas are those of `dequantize_row_*` in ggml's `ggml-quants.c`. A
+/// block of INT4, which ggml does not have, is d and 128 bytes: of each 64 weights, byte l of 32
+/// holds q of weight l in its low half and of weight l + 32 in its high half. Infinite and NaN
 /// factors give infinite and NaN weights.
 ///
 /// # Errors

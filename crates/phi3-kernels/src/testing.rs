@@ -30,7 +30,11 @@ impl Random {
 fn factor_offsets(block_type: BlockType) -> &'static [usize] {
     match block_type {
         BlockType::F32 | BlockType::F16 | BlockType::BF16 => &[],
-        BlockType::Q4_0 | BlockType::Q5_0 | BlockType::Q8_0 | BlockType::IQ4NL => &[0],
+        BlockType::Q4_0
+        | BlockType::Q5_0
+        | BlockType::Q8_0
+        | BlockType::IQ4NL
+        | BlockType::Int4 => &[0],
         BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K => &[0, 2],
         BlockType::Q2K => &[80, 82],
         BlockType::Q3K => &[108],

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use phi3::hub::gguf::random::{Error, FileType, RandomModel};
+use phi3::hub::gguf::random::{Error, RandomModel};
+use phi3::hub::quantize::Mix;
 
 use crate::output::{UsageError, note};
 
@@ -16,15 +17,14 @@ pub struct RandomArgs {
     /// phi-3.5-mini, phi-4-mini, and phi-3-mini-4k and phi-3-medium-4k with a window of 2047.
     #[arg(long, value_name = "SHAPE")]
     pub random: Option<String>,
-    /// Type of the weights: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K,
-    /// Q6_K, IQ4_NL, or a mix: Q3_K_M, Q4_K_M, Q5_K_M.
+    /// Type of the weights, as in `phi3 quantize`.
     #[arg(
         long = "type",
         value_name = "TYPE",
         default_value = "Q4_0",
         conflicts_with = "model"
     )]
-    pub file_type: FileType,
+    pub r#type: Mix,
     /// Make only so many of the shape's layers.
     #[arg(long, value_name = "N", conflicts_with = "model")]
     pub layers: Option<usize>,
@@ -45,7 +45,7 @@ impl RandomArgs {
         let Some(shape) = &self.random else {
             return Ok(None);
         };
-        RandomModel::new(shape, self.file_type, self.layers, self.seed)
+        RandomModel::new(shape, self.r#type, self.layers, self.seed)
             .map(Some)
             .map_err(|error| match error {
                 Error::Shape { .. } => UsageError(format!("--random: {error}")).into(),

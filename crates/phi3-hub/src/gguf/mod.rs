@@ -10,6 +10,7 @@ mod config;
 mod container;
 mod error;
 pub(crate) mod export;
+pub(crate) mod int4;
 mod keys;
 mod merges;
 mod names;

@@ -6,26 +6,24 @@
 //! as a trained model's. llama.cpp reads the files too.
 
 mod blocks;
-mod file_type;
 mod shapes;
 mod vocabulary;
 
 use std::path::{Path, PathBuf};
 
-pub use file_type::FileType;
 pub use shapes::{SHAPES, Shape};
 
 use super::names::{ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT, gguf_name};
 use super::value::{Array, Value};
 use super::writer::{PlannedTensor, TensorSink, Writer};
 use super::{Error as GgufError, GgufFile};
+use crate::quantize::{Matrix, Mix};
 use blocks::Random;
-use file_type::Role;
 use phi3_kernels::BlockType;
 
 /// Changes with anything that changes the bytes of a file, so that no file of an earlier version is
 /// taken for one of this.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Bytes that are made at a time; a whole number of blocks of every type fits in.
 const PIECE_BLOCKS: usize = 1 << 13;
@@ -55,14 +53,6 @@ pub enum Error {
         /// The shape.
         shape: &'static str,
     },
-    /// A type that is none of [`FileType`]'s.
-    #[error("no weights are of type {found:?}; known are {known}")]
-    FileType {
-        /// The name.
-        found: String,
-        /// Those that there are.
-        known: String,
-    },
     /// The disk is too full.
     #[error(
         "{path} needs {needed} MB of free disk, and {free} MB are left: free some space, choose \
@@ -85,16 +75,18 @@ pub enum Error {
 ///
 /// ```
 /// use phi3_hub::gguf::random::RandomModel;
+/// use phi3_hub::quantize::Mix;
 ///
-/// let model = RandomModel::new("phi-3-mini", "Q4_0".parse()?, Some(2), 0)?;
+/// let mix: Mix = "Q4_0".parse()?;
+/// let model = RandomModel::new("phi-3-mini", mix, Some(2), 0)?;
 /// assert_eq!(model.description(), "random phi-3-mini, 2 of 32 layers, Q4_0, seed 0");
-/// # Ok::<(), phi3_hub::gguf::random::Error>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct RandomModel {
     shape: Shape,
     layers: usize,
-    file_type: FileType,
+    mix: Mix,
     seed: u64,
     writer: Writer,
 }
@@ -105,12 +97,7 @@ impl RandomModel {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Layers`].
-    pub fn new(
-        shape: &str,
-        file_type: FileType,
-        layers: Option<usize>,
-        seed: u64,
-    ) -> Result<Self, Error> {
+    pub fn new(shape: &str, mix: Mix, layers: Option<usize>, seed: u64) -> Result<Self, Error> {
         let shape = Shape::from_name(shape)?;
         let layers = layers.unwrap_or(shape.layers);
         if layers == 0 || layers > shape.layers {
@@ -123,7 +110,7 @@ impl RandomModel {
         let mut model = Self {
             shape,
             layers,
-            file_type,
+            mix,
             seed,
             writer: Writer::new(),
         };
@@ -137,9 +124,9 @@ impl RandomModel {
         &self.shape
     }
 
-    /// The type of the file.
-    pub fn file_type(&self) -> FileType {
-        self.file_type
+    /// How the weights are stored.
+    pub fn mix(&self) -> Mix {
+        self.mix
     }
 
     /// Layers that are made.
@@ -156,7 +143,7 @@ impl RandomModel {
         };
         format!(
             "random {shape}, {layers}, {}, seed {}",
-            self.file_type.name(),
+            self.mix.name(),
             self.seed
         )
     }
@@ -168,7 +155,7 @@ impl RandomModel {
             self.shape.name,
             self.layers,
             self.shape.layers,
-            self.file_type.name(),
+            self.mix.name(),
             self.seed,
         )
     }
@@ -231,9 +218,14 @@ impl RandomModel {
         out.set("general.architecture", "phi3");
         out.set("general.name", format!("Random {}", shape.name).as_str());
         out.set("general.description", description.as_str());
-        out.set("general.file_type", self.file_type.id());
+        out.set("general.file_type", self.mix.file_type());
         out.set("general.quantization_version", 2u32);
         out.set("phi3.random.version", VERSION);
+        if self.mix.base() == BlockType::Int4 {
+            for (key, value) in super::int4::metadata() {
+                out.set(key, value);
+            }
+        }
         for (key, number) in [
             ("context_length", shape.context),
             ("rope.scaling.original_context_length", shape.trained),
@@ -277,49 +269,48 @@ impl RandomModel {
         let Shape { hidden, vocab, .. } = shape;
         let heads = shape.hidden / shape.heads;
         let qkv = (shape.heads + 2 * shape.kv_heads) * heads;
-        let (kind, layers) = (self.file_type, self.layers);
-        let head = kind.block_type(Role::Head);
-        let embedding = match shape.tied {
-            true => head,
-            false => kind.block_type(Role::Embedding),
-        };
-        self.add("model.embed_tokens.weight", &[vocab, hidden], embedding)?;
+        self.add("model.embed_tokens.weight", &[vocab, hidden], None)?;
         if shape.attention_factor().is_some() {
             let factors = [shape.rotary_dim / 2];
             for name in [ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT] {
                 self.writer.add_tensor(name, &factors, BlockType::F32)?;
             }
         }
-        for layer in 0..layers {
-            let matrices = [
-                ("self_attn.qkv_proj", qkv, hidden, Role::Qkv),
-                ("self_attn.o_proj", hidden, hidden, Role::AttentionOutput),
-                ("mlp.gate_up_proj", 2 * shape.intermediate, hidden, Role::Up),
-                (
-                    "mlp.down_proj",
-                    hidden,
-                    shape.intermediate,
-                    Role::Down { layer, layers },
-                ),
+        for layer in 0..self.layers {
+            let tensors: [(&str, &[usize]); 6] = [
+                ("input_layernorm", &[hidden]),
+                ("post_attention_layernorm", &[hidden]),
+                ("self_attn.qkv_proj", &[qkv, hidden]),
+                ("self_attn.o_proj", &[hidden, hidden]),
+                ("mlp.gate_up_proj", &[2 * shape.intermediate, hidden]),
+                ("mlp.down_proj", &[hidden, shape.intermediate]),
             ];
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                let name = format!("model.layers.{layer}.{norm}.weight");
-                self.add(&name, &[hidden], BlockType::F32)?;
-            }
-            for (name, rows, columns, role) in matrices {
+            for (name, extents) in tensors {
                 let name = format!("model.layers.{layer}.{name}.weight");
-                self.add(&name, &[rows, columns], kind.block_type(role))?;
+                self.add(&name, extents, Some(layer))?;
             }
         }
-        self.add("model.norm.weight", &[hidden], BlockType::F32)?;
+        self.add("model.norm.weight", &[hidden], None)?;
         if !shape.tied {
-            self.add("lm_head.weight", &[vocab, hidden], head)?;
+            self.add("lm_head.weight", &[vocab, hidden], None)?;
         }
         Ok(())
     }
 
-    fn add(&mut self, hf: &str, shape: &[usize], block_type: BlockType) -> Result<(), Error> {
+    /// Norms are f32, matrices what the mix makes of them.
+    fn add(&mut self, hf: &str, shape: &[usize], layer: Option<usize>) -> Result<(), Error> {
         let name = gguf_name(hf).unwrap_or_else(|| hf.to_owned());
+        let block_type = match shape {
+            [_, columns] => self.mix.block_type(Matrix {
+                name: &name,
+                columns: *columns,
+                layer,
+                layers: self.layers,
+                tied: self.shape.tied,
+                importance: false,
+            }),
+            _ => BlockType::F32,
+        };
         Ok(self.writer.add_tensor(name, shape, block_type)?)
     }
 

@@ -88,6 +88,9 @@ pub(super) fn stored(container: &Container, tensor: &TensorInfo) -> Result<(Bloc
         .tensor_type
         .block_type()
         .ok_or_else(|| tensor.unsupported())?;
+    if block_type == BlockType::Int4 {
+        super::int4::check(container)?;
+    }
     Ok((block_type, container.data(tensor)?))
 }
 

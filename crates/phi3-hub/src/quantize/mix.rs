@@ -6,13 +6,16 @@
 //! (llama-cpp-python 0.3.36) treat it like `attn_v`, finer in some layers and coarser in others. And
 //! where rows are no whole blocks of Q2_K or Q3_K, the substitute is IQ4_NL, of the same size as the
 //! Q4_0 that recent versions take and nearer.
+//!
+//! INT4 is this project's own: every matrix alike, embedding and head too, and Q4_0 where rows are no
+//! whole blocks.
 
 use std::fmt;
 use std::str::FromStr;
 
 use phi3_kernels::BlockType;
 use phi3_kernels::BlockType::{
-    BF16, F16, F32, IQ4NL, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0,
+    BF16, F16, F32, IQ4NL, Int4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0,
 };
 
 /// How the weights of a model are stored: one type for all matrices, or a mix that spends more bits
@@ -47,7 +50,7 @@ enum Size {
     Large,
 }
 
-const PRESETS: [Preset; 18] = [
+const PRESETS: [Preset; 19] = [
     preset("F32", F32, Size::Plain, 0),
     preset("F16", F16, Size::Plain, 1),
     preset("BF16", BF16, Size::Plain, 32),
@@ -62,6 +65,8 @@ const PRESETS: [Preset; 18] = [
     preset("Q4_1", Q4_1, Size::Plain, 3),
     preset("IQ4_NL", IQ4NL, Size::Plain, 25),
     preset("Q4_0", Q4_0, Size::Plain, 2),
+    // The type's number in files, since llama.cpp has no id for it.
+    preset("INT4", Int4, Size::Plain, u32::from_le_bytes(*b"INT4")),
     preset("Q3_K_L", Q3K, Size::Large, 13),
     preset("Q3_K_M", Q3K, Size::Medium, 12),
     preset("Q3_K_S", Q3K, Size::Small, 11),
@@ -82,7 +87,7 @@ const fn preset(name: &'static str, base: BlockType, size: Size, file_type: u32)
 
 /// A matrix of a model, as far as its type depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Matrix<'a> {
+pub(crate) struct Matrix<'a> {
     /// Name in the GGUF file.
     pub name: &'a str,
     /// Extent of its rows.
@@ -102,12 +107,13 @@ impl Mix {
         PRESETS.iter().map(Self)
     }
 
-    /// llama.cpp's name.
+    /// llama.cpp's name, or `INT4`.
     pub fn name(self) -> &'static str {
         self.0.name
     }
 
-    /// The id in llama.cpp's `enum llama_ftype`, which files hold as `general.file_type`.
+    /// The id in llama.cpp's `enum llama_ftype`, which files hold as `general.file_type`; for INT4
+    /// the type's own number, which is none of them.
     pub fn file_type(self) -> u32 {
         self.0.file_type
     }
@@ -118,7 +124,7 @@ impl Mix {
     }
 
     /// The type of a matrix.
-    pub(super) fn block_type(self, matrix: Matrix<'_>) -> BlockType {
+    pub(crate) fn block_type(self, matrix: Matrix<'_>) -> BlockType {
         let base = self.0.base;
         if base.block_len() == 1 {
             return base;
@@ -133,6 +139,7 @@ impl Mix {
         let kind = kind.rsplit_once('.').map_or(kind, |(_, kind)| kind);
         if kind == "output" || kind == "token_embd" && matrix.tied {
             return match base {
+                Int4 => Int4,
                 _ if !matrix.columns.is_multiple_of(base.block_len()) => Q8_0,
                 Q8_0 => Q8_0,
                 _ => Q6K,
@@ -172,6 +179,7 @@ fn fitting(wanted: BlockType, columns: usize) -> BlockType {
     }
     let small = match wanted {
         Q2K | Q3K => IQ4NL,
+        Int4 => Q4_0,
         Q4K => Q5_0,
         Q5K => Q5_1,
         Q6K => Q8_0,
@@ -287,6 +295,7 @@ mod tests {
         for (mix, head) in [
             ("Q4_0", Q6K),
             ("Q2_K", Q6K),
+            ("INT4", Int4),
             ("Q8_0", Q8_0),
             ("F16", F16),
             ("BF16", BF16),
@@ -312,6 +321,8 @@ mod tests {
             ("Q4_K_M", "output.weight", Q8_0),
             ("Q4_0", "output.weight", Q8_0),
             ("Q4_0", "blk.9.attn_output.weight", Q4_0),
+            ("INT4", "blk.9.attn_output.weight", Q4_0),
+            ("INT4", "output.weight", Q4_0),
         ] {
             assert_eq!(chosen(mix, name, 576), expected, "{mix} {name}");
             assert_eq!(chosen(mix, name, 40), F16, "{mix} {name}");

@@ -17,11 +17,12 @@ use phi3_nn::{Bytes, StoredTensor, TensorSource};
 use serde_json::Value as Json;
 
 use crate::Checkpoint;
-use crate::gguf::{PlannedTensor, TensorSink, Writer, export};
+use crate::gguf::{PlannedTensor, TensorSink, Writer, export, int4};
 use encode::Job;
 use plan::Plan;
 
 pub use error::{Error, Result};
+pub(crate) use mix::Matrix;
 pub use mix::{Mix, ParseMixError};
 pub use plan::Importance;
 
@@ -78,6 +79,11 @@ pub fn write_gguf(
         .map_err(Error::Config)?;
     for (key, value) in metadata.values {
         writer.set(key, value);
+    }
+    if mix.base() == phi3_kernels::BlockType::Int4 {
+        for (key, value) in int4::metadata() {
+            writer.set(key, value);
+        }
     }
     if !options.without_tokenizer {
         for (key, value) in export::tokenizer(checkpoint).map_err(Error::Tokenizer)? {

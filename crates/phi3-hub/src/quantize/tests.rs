@@ -79,7 +79,7 @@ fn write(checkpoint: &Checkpoint, mix: &str, path: &Path, force: bool) -> Result
 fn a_file_holds_what_loading_gives() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = checkpoint(|_, _| {});
-    for mix in ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M"] {
+    for mix in ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "INT4"] {
         let mix: Mix = mix.parse().unwrap();
         let path = folder.path().join(format!("{mix}.gguf"));
         let mut steps = Vec::new();
@@ -124,6 +124,50 @@ fn a_file_holds_what_loading_gives() {
         let id = file_value(&path, "general.file_type");
         assert_eq!(id, Some(u64::from(mix.file_type())));
     }
+}
+
+/// Every matrix is INT4, the head too, and the file says so; without the version of the layout, or
+/// with another, no weight is read.
+#[test]
+fn a_private_type_is_described_in_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("int4.gguf");
+    write(&checkpoint(|_, _| {}), "int4", &path, false).unwrap();
+    assert_eq!(file_value(&path, "phi3.int4.version"), Some(1));
+    assert_eq!(file_value(&path, "phi3.int4.block_length"), Some(256));
+    assert_eq!(file_value(&path, "phi3.int4.block_bytes"), Some(130));
+    let file = crate::gguf::GgufFile::open(&path).unwrap();
+    let matrices = file.tensors().into_iter().filter(|t| t.shape.len() == 2);
+    for tensor in matrices {
+        // o_proj reads 64 columns here, no whole block.
+        let expected = if tensor.shape[1] == HIDDEN {
+            "INT4"
+        } else {
+            "Q4_0"
+        };
+        assert_eq!(tensor.type_name, expected, "{}", tensor.name);
+    }
+    let stored = std::fs::read(&path).unwrap();
+    let key = b"phi3.int4.version";
+    let at = stored.windows(key.len()).position(|w| w == key).unwrap();
+    let read = |change: fn(&mut [u8])| {
+        let mut bytes = stored.clone();
+        change(&mut bytes[at..]);
+        std::fs::write(&path, bytes).unwrap();
+        let source = crate::gguf::open(&path).unwrap().weights;
+        source
+            .tensor("lm_head.weight")
+            .map_err(|e| format!("{:?}", e.source().unwrap().to_string()))
+    };
+    assert!(read(|_| ()).is_ok());
+    let error = read(|bytes| bytes[0] = b'x').unwrap_err();
+    assert!(error.contains("phi3.int4.version"), "{error}");
+    // The value follows the key and the type of the value.
+    let error = read(|bytes| bytes[17 + 4] = 2).unwrap_err();
+    assert!(
+        error.contains("2") && error.contains("expected 1"),
+        "{error}"
+    );
 }
 
 fn file_value(path: &Path, key: &str) -> Option<u64> {

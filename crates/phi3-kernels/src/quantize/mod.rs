@@ -14,6 +14,7 @@
 mod affine;
 mod block32;
 mod float;
+mod int4;
 mod k_affine;
 mod k_symmetric;
 mod symmetric;
@@ -141,6 +142,7 @@ fn row_inline(block_type: BlockType, x: &[f32], importance: Option<&[f32]>, out:
         BlockType::Q5_1 => row.blocks(out, block32::q5_1),
         BlockType::Q8_0 => row.blocks(out, block32::q8_0),
         BlockType::IQ4NL => row.blocks(out, block32::iq4_nl),
+        BlockType::Int4 => row.blocks(out, int4::int4),
         BlockType::Q2K => row.blocks(out, k_affine::q2_k),
         BlockType::Q3K => row.blocks(out, k_symmetric::q3_k),
         BlockType::Q4K => row.blocks(out, k_affine::q4_k),

@@ -33,6 +33,7 @@ pub(crate) fn decode_inline(block_type: BlockType, bytes: &[u8], out: &mut [f32]
         BlockType::Q5K => each(bytes, out, q5_k),
         BlockType::Q6K => each(bytes, out, q6_k),
         BlockType::IQ4NL => each(bytes, out, iq4_nl),
+        BlockType::Int4 => each(bytes, out, int4),
     }
 }
 
@@ -131,6 +132,21 @@ fn iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {
     let q = nibbles(array(block, 2));
     for j in 0..32 {
         out[j] = d * IQ4_NL_VALUES[usize::from(q[j])];
+    }
+}
+
+/// Block: d f16, 128 bytes. Of each 64 weights, byte l of 32 holds weight l low and weight l + 32
+/// high, which is Q4_K's order: a vector of 32 bytes gives 32 successive weights twice.
+#[inline(always)]
+fn int4(block: &[u8; 130], out: &mut [f32; 256]) {
+    let d = f16(block, 0);
+    let (pairs, _) = out.as_chunks_mut::<64>();
+    for (i, out) in pairs.iter_mut().enumerate() {
+        let q = array::<32>(block, 2 + 32 * i);
+        for l in 0..32 {
+            out[l] = d * (i32::from(q[l] & 15) - 8) as f32;
+            out[l + 32] = d * (i32::from(q[l] >> 4) - 8) as f32;
+        }
     }
 }
 

@@ -203,6 +203,25 @@ fn decode(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
                 }
             }
         }
+        BlockType::Int4 => {
+            let (blocks, outs) = (bytes.as_chunks::<130>().0, vectors_of_32(out));
+            for (block, out) in blocks.iter().zip(outs.as_chunks_mut::<8>().0) {
+                let [d0, d1, q @ ..] = block;
+                let (factor, eight) = (factor(*d0, *d1), _mm_set1_epi8(8));
+                for (q, out) in q.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<2>().0) {
+                    let (first, second) = q.split_at(16);
+                    for (half, q) in [first, second].into_iter().enumerate() {
+                        let (low, high) = nibbles(q.first_chunk().copied().unwrap_or_default());
+                        let (low, high) = (_mm_sub_epi8(low, eight), _mm_sub_epi8(high, eight));
+                        let [a, b, c, d] = from_i8(low, high);
+                        out[0][2 * half] = store(_mm256_mul_ps(factor, a));
+                        out[0][2 * half + 1] = store(_mm256_mul_ps(factor, b));
+                        out[1][2 * half] = store(_mm256_mul_ps(factor, c));
+                        out[1][2 * half + 1] = store(_mm256_mul_ps(factor, d));
+                    }
+                }
+            }
+        }
         _ => scalar::decode_inline(block_type, bytes, out),
     }
 }

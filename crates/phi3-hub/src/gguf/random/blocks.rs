@@ -122,6 +122,9 @@ pub(super) fn fill(block_type: BlockType, random: &mut Random, out: &mut [u8]) {
         BlockType::Q6K => each(random, out, |block: &mut [u8; 210], d| {
             put(block, 208, d / (STEPS_64 * STEPS_256));
         }),
+        BlockType::Int4 => each(random, out, |block: &mut [u8; 130], d| {
+            put(block, 0, d / STEPS_16)
+        }),
         BlockType::IQ4NL => each(random, out, |block: &mut [u8; 18], d| {
             put(block, 0, d / TABLE)
         }),
