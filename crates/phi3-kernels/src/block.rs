@@ -76,7 +76,7 @@ impl BlockType {
     /// The id of this type in ggml's `enum ggml_type` and in GGUF files. That of
     /// [`Int4`](Self::Int4) is the bytes `INT4` read as a number, so far outside of the enumeration
     /// that ggml refuses a file which holds it instead of taking it for something else.
-    pub fn ggml_id(self) -> u32 {
+    pub const fn ggml_id(self) -> u32 {
         match self {
             BlockType::F32 => 0,
             BlockType::F16 => 1,

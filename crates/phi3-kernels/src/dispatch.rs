@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
 use crate::aarch64::Neon;
+use crate::activations::Quantized;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::Avx2;
 use crate::{MatrixRef, scalar};
@@ -68,6 +69,42 @@ impl Backend {
             Backend::Avx2(avx2) => avx2.matmul_rows(x, n, w, first_row, out),
             #[cfg(target_arch = "aarch64")]
             Backend::Neon(neon) => neon.matmul_rows(x, n, w, first_row, out),
+        }
+    }
+
+    /// [`scalar::quantize`].
+    pub(crate) fn quantize(
+        self,
+        x: &[f32],
+        group: usize,
+        values: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i16],
+    ) {
+        match self {
+            Backend::Scalar => scalar::quantize(x, group, values, scales, sums),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2(avx2) => avx2.quantize(x, group, values, scales, sums),
+            // The compiler vectorizes the specification.
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(_) => scalar::quantize(x, group, values, scales, sums),
+        }
+    }
+
+    /// [`scalar::int8_rows`].
+    pub(crate) fn int8_rows(
+        self,
+        x: &Quantized,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [&mut [f32]],
+    ) {
+        match self {
+            Backend::Scalar => scalar::int8_rows(x, w, first_row, out),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2(avx2) => avx2.int8_rows(x, w, first_row, out),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon(_) => scalar::int8_rows(x, w, first_row, out),
         }
     }
 }

@@ -6,7 +6,8 @@
 //!
 //! `scalar` is the specification, in portable Rust. Other backends, chosen once at run time by
 //! what the processor has ([`backend_name`]; `PHI3_KERNELS=scalar` overrides it), compute the
-//! same within f32 rounding. Large operations are spread over a thread pool
+//! same within f32 rounding. Products with quantized weights ([`linear`]) take the activations
+//! ([`Activations`]) as eight-bit integers. Large operations are spread over a thread pool
 //! ([`set_num_threads`]; `PHI3_THREADS`).
 //!
 //! A token's result never depends on the other tokens of a call nor on the number of threads,
@@ -28,10 +29,13 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+mod activations;
 mod attention;
 mod block;
 mod dispatch;
 mod environment;
+#[cfg(test)]
+mod int8_tests;
 mod ops;
 mod probe;
 mod quantize;
@@ -44,12 +48,13 @@ mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use activations::{Activations, MIN_INT8_COLS};
 pub use attention::{
     AttentionJob, AttentionShape, KvPage, KvPages, attend, attend_packed, f16_to_f32, f32_to_f16,
 };
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use environment::{EnvironmentError, check_environment};
-pub use ops::{argmax, dequantize, gather_rows, matmul, rms_norm, rope, silu_mul};
+pub use ops::{argmax, dequantize, gather_rows, linear, matmul, rms_norm, rope, silu_mul};
 pub use probe::{InstructionSet, Probe, probe};
 pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};

@@ -1,6 +1,8 @@
 //! The entry points other than attention: they check lengths and spread the work.
 
-use crate::{BlockType, MatrixRef, ShapeError, dispatch, scalar, threads};
+use rayon::prelude::*;
+
+use crate::{Activations, BlockType, MatrixRef, ShapeError, dispatch, scalar, threads};
 
 /// Work of one weight decoded, in multiply-adds.
 const DECODE_WORK: usize = 2;
@@ -8,6 +10,8 @@ const DECODE_WORK: usize = 2;
 const EXP_WORK: usize = 16;
 /// Rows that a thread takes are a multiple of this, so that no backend's register block is cut.
 const ROW_MULTIPLE: usize = 8;
+/// The same for products with eight-bit activations.
+const INT8_ROW_MULTIPLE: usize = 16;
 
 /// Decodes whole blocks of `bytes` to `out.len()` weights.
 ///
@@ -93,22 +97,10 @@ pub fn matmul(
         "matmul: x has {} elements; expected {n} tokens of {cols}",
         x.len()
     );
-    let row_end = out_offset.checked_add(rows);
-    assert!(
-        row_end.is_some_and(|end| end <= out_stride),
-        "matmul: {rows} rows at offset {out_offset} do not fit a stride of {out_stride}"
-    );
+    check_output(n, rows, out.len(), out_stride, out_offset);
     if n == 0 || rows == 0 {
         return;
     }
-    let end = (n - 1)
-        .checked_mul(out_stride)
-        .and_then(|start| start.checked_add(out_offset + rows));
-    assert!(
-        end.is_some_and(|end| end <= out.len()),
-        "matmul: out has {} elements; expected {n} rows with a stride of {out_stride}",
-        out.len()
-    );
 
     let backend = dispatch::backend();
     let work = w
@@ -138,6 +130,81 @@ pub fn matmul(
             out.copy_from_slice(&part[t * out.len()..][..out.len()]);
         }
     }
+}
+
+/// Multiplies tokens with the rows of a matrix as [`matmul`] does, as fast as the types allow:
+/// float weights exactly as there, quantized weights with activations rounded to eight bits where
+/// rows are at least [`MIN_INT8_COLS`](crate::MIN_INT8_COLS) long.
+///
+/// Activations are scaled by the largest magnitude of each group of 32 (types with blocks of 32
+/// weights) or 256 (the K types) over 127. Products of a block are summed as integers; block i
+/// goes by fused multiply-adds to partial f32 sum `i % 8`, and these are added in order. So every
+/// backend gives the same bits, and so does a token alone, among others, and with any number of
+/// threads. A group of activations with an element that is not finite makes its token's
+/// results NaN.
+///
+/// # Panics
+/// When the tokens' length is not the number of columns, `out_offset + rows` is larger than
+/// `out_stride`, or `out` ends before the last element to be written.
+pub fn linear(
+    x: &Activations<'_>,
+    w: MatrixRef<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+    out_offset: usize,
+) {
+    let (n, rows, cols) = (x.len(), w.rows(), w.cols());
+    assert!(
+        x.cols() == cols,
+        "matmul: tokens of {} elements; expected {cols}",
+        x.cols()
+    );
+    check_output(n, rows, out.len(), out_stride, out_offset);
+    if n == 0 || rows == 0 {
+        return;
+    }
+    let Some(x) = x.quantized(w.block_type()) else {
+        return matmul(x.values(), n, w, out, out_stride, out_offset);
+    };
+
+    let work = rows.saturating_mul(cols).saturating_mul(n);
+    let part_rows = threads::chunk_len(rows, work).next_multiple_of(INT8_ROW_MULTIPLE);
+    let mut parts: Vec<Vec<&mut [f32]>> = Vec::new();
+    parts.resize_with(rows.div_ceil(part_rows), || Vec::with_capacity(n));
+    for out in out.chunks_mut(out_stride).take(n) {
+        let out = &mut out[out_offset..][..rows];
+        for (part, out) in parts.iter_mut().zip(out.chunks_mut(part_rows)) {
+            part.push(out);
+        }
+    }
+    let backend = dispatch::backend();
+    match parts.as_mut_slice() {
+        [part] => backend.int8_rows(x, w, 0, part),
+        parts => threads::parallel(|| {
+            parts.par_iter_mut().enumerate().for_each(|(i, part)| {
+                backend.int8_rows(x, w, i * part_rows, part);
+            });
+        }),
+    }
+}
+
+/// Whether `n` output rows of `rows` elements fit `len` elements at this stride and offset.
+fn check_output(n: usize, rows: usize, len: usize, out_stride: usize, out_offset: usize) {
+    let row_end = out_offset.checked_add(rows);
+    assert!(
+        row_end.is_some_and(|end| end <= out_stride),
+        "matmul: {rows} rows at offset {out_offset} do not fit a stride of {out_stride}"
+    );
+    if n == 0 || rows == 0 {
+        return;
+    }
+    let end = (n - 1)
+        .checked_mul(out_stride)
+        .and_then(|start| start.checked_add(out_offset + rows));
+    assert!(
+        end.is_some_and(|end| end <= len),
+        "matmul: out has {len} elements; expected {n} rows with a stride of {out_stride}"
+    );
 }
 
 /// Root-mean-square norm of rows: `out = x / sqrt(mean(x²) + eps) * weight`, each row as long

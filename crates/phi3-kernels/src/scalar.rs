@@ -6,10 +6,18 @@
 
 pub(crate) mod attention;
 mod decode;
+mod int8;
+mod units;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use decode::decode_inline;
 pub(crate) use decode::{IQ4_NL_VALUES, decode, f16_to_f32};
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use decode::q3_k_scales;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use int8::LANES as INT8_LANES;
+pub(crate) use int8::{int8_rows, quantize};
 
 use crate::MatrixRef;
 

@@ -69,6 +69,13 @@ pub fn random_matrix(block_type: BlockType, rows: usize, cols: usize, seed: u64)
     let len = block_type.row_bytes(cols).map(|bytes| bytes * rows);
     let len = len.expect("the caller gives whole blocks");
     let mut bytes: Vec<u8> = (0..len).map(|_| random.bits() as u8).collect();
+    tame_factors(block_type, &mut bytes, &mut random);
+    bytes
+}
+
+/// Replaces the half-precision factors of blocks by random ones between 2^-11 and 2^-9 of either
+/// sign.
+pub fn tame_factors(block_type: BlockType, bytes: &mut [u8], random: &mut Random) {
     for block in bytes.chunks_exact_mut(block_type.block_bytes()) {
         for &at in factor_offsets(block_type) {
             // Exponents 4 and 5 of 15: 2^-11 and 2^-10.
@@ -76,7 +83,6 @@ pub fn random_matrix(block_type: BlockType, rows: usize, cols: usize, seed: u64)
             block[at..at + 2].copy_from_slice(&factor.to_le_bytes());
         }
     }
-    bytes
 }
 
 /// `out[t, r]` as exact as f64, and `sum_c |x w|` beside it, which bounds the rounding error

@@ -1,9 +1,11 @@
 //! y = x·Wᵀ + b for every way in which W can be stored.
 //!
 //! On the CPU a weight stays as it lies in its file (f32, f16, bf16 or ggml blocks) and is read by
-//! `phi3-kernels`. On other devices floats become a dense tensor of the model's dtype, ggml blocks a
-//! candle `QMatMul`. A weight in several parts, as a GGUF file may store a fused projection, is as
-//! many matrices whose outputs lie side by side.
+//! `phi3-kernels`; ggml blocks of wide rows multiply activations rounded to eight bits
+//! ([`phi3_kernels::MIN_INT8_COLS`]). On other devices floats become a dense tensor of the model's
+//! dtype, ggml blocks a candle `QMatMul`. A weight in several parts, as a GGUF file may store a fused
+//! projection, is as many matrices whose outputs lie side by side; they share the rounded
+//! activations.
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
@@ -20,7 +22,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
-use phi3_kernels::{BlockType, MatrixRef};
+use phi3_kernels::{Activations, BlockType, MatrixRef};
 
 use crate::error::{Error, Result};
 use crate::host;
@@ -170,6 +172,7 @@ impl Linear {
 fn stored_matmul(name: &str, x: &[f32], rows: usize, stored: &StoredTensor) -> Result<Vec<f32>> {
     let columns = stored.columns();
     let out_stride = stored.elements() / columns.max(1);
+    let x = Activations::new(x, rows, columns);
     let mut y = vec![0f32; rows * out_stride];
     let mut offset = 0;
     for part in stored.parts() {
@@ -180,7 +183,7 @@ fn stored_matmul(name: &str, x: &[f32], rows: usize, stored: &StoredTensor) -> R
                     source: source.into(),
                 }
             })?;
-        phi3_kernels::matmul(x, rows, matrix, &mut y, out_stride, offset);
+        phi3_kernels::linear(&x, matrix, &mut y, out_stride, offset);
         offset += part.rows;
     }
     Ok(y)

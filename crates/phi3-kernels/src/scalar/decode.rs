@@ -92,7 +92,7 @@ fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
 
 /// The low halves of sixteen bytes, then the high ones.
 #[inline(always)]
-fn nibbles(bytes: &[u8; 16]) -> [u8; 32] {
+pub(super) fn nibbles(bytes: &[u8; 16]) -> [u8; 32] {
     let mut nibbles = [0; 32];
     for j in 0..16 {
         nibbles[j] = bytes[j] & 15;
@@ -104,7 +104,7 @@ fn nibbles(bytes: &[u8; 16]) -> [u8; 32] {
 /// Bit j of the input moved to bit 4 of byte j. A comparison with a mask a byte vectorizes
 /// where a shift by a different amount in every lane does not.
 #[inline(always)]
-fn fifth_bits(bits: &[u8; 4]) -> [u8; 32] {
+pub(super) fn fifth_bits(bits: &[u8; 4]) -> [u8; 32] {
     let mut high = [0; 32];
     for (j, high) in high.iter_mut().enumerate() {
         *high = if bits[j / 8] & (1 << (j % 8)) == 0 {
@@ -194,7 +194,7 @@ fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
 /// Sixteen scales less 32. Low 4 bits: those of scale k in byte k % 8, the first eight in the
 /// low half. High 2 bits: in byte 8 + k % 4, from bit 2 * (k / 4).
 #[inline(always)]
-fn q3_k_scales(packed: &[u8; 12]) -> [i8; 16] {
+pub(crate) fn q3_k_scales(packed: &[u8; 12]) -> [i8; 16] {
     let mut scales = [0; 16];
     for (k, scale) in scales.iter_mut().enumerate() {
         let low = packed[k % 8] >> (4 * (k / 8)) & 15;
@@ -238,22 +238,26 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     }
 }
 
+/// Factors of the eight groups of a Q4_K or Q5_K block: scale and minimum.
+#[inline(always)]
+fn scaled_groups(block: &[u8]) -> [(f32, f32); 8] {
+    let (d, dmin) = (f16(block, 0), f16(block, 2));
+    let integers = scales_and_minima(array(block, 4));
+    integers.map(|(scale, min)| (d * f32::from(scale), dmin * f32::from(min)))
+}
+
 /// Scale and minimum of the eight groups of a Q4_K or Q5_K block. The first four lie in the low
 /// 6 bits of bytes 0-3 and 4-7; of the others the low 4 bits lie in bytes 8-11 (scale low,
 /// minimum high) and the high 2 bits on top of bytes 0-3 and 4-7.
 #[inline(always)]
-fn scaled_groups(block: &[u8]) -> [(f32, f32); 8] {
-    let (d, dmin) = (f16(block, 0), f16(block, 2));
-    let s = array::<12>(block, 4);
-    let mut groups = [(0.0, 0.0); 8];
+pub(super) fn scales_and_minima(s: &[u8; 12]) -> [(u8, u8); 8] {
+    let mut groups = [(0, 0); 8];
     for j in 0..4 {
-        let (scale, min) = (s[j] & 63, s[j + 4] & 63);
-        groups[j] = (d * f32::from(scale), dmin * f32::from(min));
-        let (scale, min) = (
+        groups[j] = (s[j] & 63, s[j + 4] & 63);
+        groups[j + 4] = (
             s[j + 8] & 15 | s[j] >> 6 << 4,
             s[j + 8] >> 4 | s[j + 4] >> 6 << 4,
         );
-        groups[j + 4] = (d * f32::from(scale), dmin * f32::from(min));
     }
     groups
 }
@@ -282,14 +286,14 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
 }
 
 #[inline(always)]
-fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+pub(super) fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..]
         .first_chunk()
         .expect("every caller's offset leaves N bytes in its block")
 }
 
 #[inline(always)]
-fn f16(block: &[u8], at: usize) -> f32 {
+pub(super) fn f16(block: &[u8], at: usize) -> f32 {
     f16_to_f32(u16::from_le_bytes(*array(block, at)))
 }
 

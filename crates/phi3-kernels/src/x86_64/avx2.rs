@@ -6,6 +6,8 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
+use super::int8;
+use crate::activations::Quantized;
 use crate::{BlockType, MatrixRef, scalar};
 
 /// Lanes of a vector of f32.
@@ -46,6 +48,31 @@ impl Avx2 {
     ) {
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe { matmul_rows(x, n, w, first_row, out) }
+    }
+
+    /// [`scalar::quantize`], the same operations in wider vectors.
+    pub(crate) fn quantize(
+        self,
+        x: &[f32],
+        group: usize,
+        values: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i16],
+    ) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { quantize(x, group, values, scales, sums) }
+    }
+
+    /// [`scalar::int8_rows`], the same to the last bit.
+    pub(crate) fn int8_rows(
+        self,
+        x: &Quantized,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [&mut [f32]],
+    ) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { int8::int8_rows(x, w, first_row, out) }
     }
 }
 
@@ -97,6 +124,11 @@ fn matmul_rows(x: &[f32], n: usize, w: MatrixRef<'_>, first_row: usize, out: &mu
             t += tokens;
         }
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quantize(x: &[f32], group: usize, values: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
+    scalar::quantize(x, group, values, scales, sums);
 }
 
 fn widen<const T: usize>(sums: [[f32; T]; BLOCK_ROWS]) -> [[f32; BLOCK_TOKENS]; BLOCK_ROWS] {

@@ -2,5 +2,13 @@
 
 mod attention;
 mod avx2;
+mod blocks;
+mod gemm;
+mod gemv;
+mod int8;
+mod layouts;
+mod micro;
+mod vector;
 
 pub(crate) use avx2::Avx2;
+pub(crate) use layouts::Layouts;

@@ -1,0 +1,160 @@
+//! The tokens that several matrices multiply, quantized once for all of them.
+
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+use crate::{BlockType, dispatch, threads};
+
+/// Activations that share a scale where weights come in blocks of 32: the groups of ggml's Q8_0.
+/// A group as long as the weights' block needs no further scale inside the block.
+pub(crate) const BLOCK_GROUP: usize = 32;
+
+/// Activations that share a scale where weights come in blocks of 256: the groups of ggml's
+/// Q8_K. The sums inside a block then stay integers, scales of the block's parts included.
+pub(crate) const SUPERBLOCK_GROUP: usize = 256;
+
+/// Quantized activations whose sum is kept, because offsets and minima of weights multiply it:
+/// the shortest group of weights with a factor of its own.
+pub(crate) const SUM_GROUP: usize = 16;
+
+/// Largest magnitude of a quantized activation.
+pub(crate) const MAX_QUANTIZED: f32 = 127.0;
+
+/// Tokens shorter than this stay f32 for quantized weights too. Models this narrow are fast enough
+/// without eight bits, and small ones often decide between close calls: SmolLM2-135M (576 wide)
+/// chooses the reference's token at all of 287 positions with f32 activations and at some 282 with
+/// eight-bit ones. The narrowest checkpoint of the family is 3072 wide. The rule looks at nothing
+/// but the width, so that one token, many, and every matrix of a layer go the same way.
+pub const MIN_INT8_COLS: usize = 2048;
+
+/// Tokens `[n, cols]` that matrices multiply ([`linear`](crate::linear)).
+///
+/// Matrices of quantized weights read them as eight-bit integers. That form is made when the
+/// first such matrix asks for it, and kept: one value for every matrix, or part of one, that
+/// reads the same input.
+#[derive(Debug)]
+pub struct Activations<'a> {
+    x: &'a [f32],
+    n: usize,
+    cols: usize,
+    by_block: OnceLock<Quantized>,
+    by_superblock: OnceLock<Quantized>,
+}
+
+impl<'a> Activations<'a> {
+    /// `n` tokens of `cols` elements.
+    ///
+    /// # Panics
+    /// When `x` is not `n * cols` long.
+    pub fn new(x: &'a [f32], n: usize, cols: usize) -> Self {
+        assert!(
+            n.checked_mul(cols) == Some(x.len()),
+            "activations have {} elements; expected {n} tokens of {cols}",
+            x.len()
+        );
+        Self {
+            x,
+            n,
+            cols,
+            by_block: OnceLock::new(),
+            by_superblock: OnceLock::new(),
+        }
+    }
+
+    /// The tokens as they were given.
+    pub fn values(&self) -> &'a [f32] {
+        self.x
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.n
+    }
+
+    /// Whether there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.n == 0
+    }
+
+    /// Elements of a token.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The form that weights of `block_type` multiply; `None` where they multiply f32: float types
+    /// and rows shorter than [`MIN_INT8_COLS`].
+    pub(crate) fn quantized(&self, block_type: BlockType) -> Option<&Quantized> {
+        if self.cols < MIN_INT8_COLS {
+            return None;
+        }
+        let (form, group) = match block_type.block_len() {
+            BLOCK_GROUP => (&self.by_block, BLOCK_GROUP),
+            SUPERBLOCK_GROUP => (&self.by_superblock, SUPERBLOCK_GROUP),
+            _ => return None,
+        };
+        Some(form.get_or_init(|| Quantized::new(self.x, self.n, self.cols, group)))
+    }
+}
+
+/// Tokens as eight-bit integers with a scale for each group of elements:
+/// `x[t, c] ≈ scales[t, c / group] * values[t, c]`.
+#[derive(Debug)]
+pub(crate) struct Quantized {
+    /// Elements that share a scale.
+    pub(crate) group: usize,
+    /// Number of tokens.
+    pub(crate) n: usize,
+    /// Elements of a token, a multiple of `group`.
+    pub(crate) cols: usize,
+    /// `[n, cols]`, from -127 to 127.
+    pub(crate) values: Vec<i8>,
+    /// `[n, cols / group]`.
+    pub(crate) scales: Vec<f32>,
+    /// `[n, cols / SUM_GROUP]`, sums of `values`.
+    pub(crate) sums: Vec<i16>,
+    /// The same once more, as the backend in use reads them fastest.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) avx2: crate::x86_64::Layouts,
+}
+
+impl Quantized {
+    /// Quantizes `[n, cols]` in groups of `group`, a multiple of `SUM_GROUP` that divides `cols`.
+    pub(crate) fn new(x: &[f32], n: usize, cols: usize, group: usize) -> Self {
+        let mut quantized = Self {
+            group,
+            n,
+            cols,
+            values: vec![0; n * cols],
+            scales: vec![0.0; n * cols / group],
+            sums: vec![0; n * cols / SUM_GROUP],
+            #[cfg(target_arch = "x86_64")]
+            avx2: crate::x86_64::Layouts::default(),
+        };
+        if x.is_empty() {
+            return quantized;
+        }
+        let backend = dispatch::backend();
+        let groups = threads::chunk_len(n * cols / group, x.len());
+        if groups * group >= x.len() {
+            let (values, scales) = (&mut quantized.values, &mut quantized.scales);
+            backend.quantize(x, group, values, scales, &mut quantized.sums);
+        } else {
+            threads::parallel(|| {
+                x.par_chunks(groups * group)
+                    .zip(quantized.values.par_chunks_mut(groups * group))
+                    .zip(quantized.scales.par_chunks_mut(groups))
+                    .zip(quantized.sums.par_chunks_mut(groups * group / SUM_GROUP))
+                    .for_each(|(((x, values), scales), sums)| {
+                        backend.quantize(x, group, values, scales, sums);
+                    });
+            });
+        }
+        quantized
+    }
+
+    /// Groups of a token.
+    pub(crate) fn groups(&self) -> usize {
+        self.cols / self.group
+    }
+}

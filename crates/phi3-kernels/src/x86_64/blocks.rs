@@ -1,0 +1,326 @@
+//! Blocks of stored weights as vectors of bytes. The type is a constant parameter, ggml's id,
+//! so that each function compiled for a type holds that type's code alone.
+
+use std::arch::x86_64::*;
+
+use super::vector::{halves, load, load_16};
+use crate::BlockType;
+use crate::scalar::{IQ4_NL_VALUES, q3_k_scales};
+
+pub(super) const Q4_0: u32 = 2;
+pub(super) const Q4_1: u32 = 3;
+pub(super) const Q5_0: u32 = 6;
+pub(super) const Q5_1: u32 = 7;
+pub(super) const Q8_0: u32 = 8;
+pub(super) const Q2_K: u32 = 10;
+pub(super) const Q3_K: u32 = 11;
+pub(super) const Q4_K: u32 = 12;
+pub(super) const Q5_K: u32 = 13;
+pub(super) const Q6_K: u32 = 14;
+pub(super) const IQ4_NL: u32 = 20;
+pub(super) const INT4: u32 = BlockType::Int4.ggml_id();
+
+/// Whether the bytes of a type are signed weights; else they are not negative, and the weight
+/// is the byte less [`offset`].
+pub(super) const fn is_signed(id: u32) -> bool {
+    matches!(id, Q8_0 | IQ4_NL)
+}
+
+/// Base-2 logarithm of the offset of the bytes of a type; `None` without offset.
+pub(super) const fn offset_shift(id: u32) -> Option<i32> {
+    match id {
+        Q4_0 | INT4 => Some(3),
+        Q5_0 => Some(4),
+        Q3_K => Some(2),
+        Q6_K => Some(5),
+        _ => None,
+    }
+}
+
+/// Whether weights have a minimum.
+pub(super) const fn has_minimum(id: u32) -> bool {
+    matches!(id, Q4_1 | Q5_1 | Q2_K | Q4_K | Q5_K)
+}
+
+/// How many sums of two products of a weight byte and an activation fit one i16. Products with
+/// a signed byte fit only one by one.
+pub(super) const fn sums_in_i16(id: u32) -> usize {
+    match id {
+        // 15 * 127 * 2 * 8 = 30,480.
+        Q4_0 | Q4_1 | Q4_K | INT4 => 8,
+        // At most 31 * 127 * 2 * 4 = 31,496; for Q2_K and Q3_K the scale changes after four.
+        Q5_0 | Q5_1 | Q5_K | Q2_K | Q3_K => 4,
+        // 63 * 127 * 2 * 2 = 32,004.
+        Q6_K => 2,
+        _ => 1,
+    }
+}
+
+/// Where the quantized weights of a block of 32 begin.
+const fn quants_at(id: u32) -> usize {
+    match id {
+        Q4_1 => 4,
+        Q5_0 => 6,
+        Q5_1 => 8,
+        _ => 2,
+    }
+}
+
+/// The weight bytes of two blocks of 32: the first sixteen of `a` and of `b`, then the others.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn pair<const ID: u32, const BYTES: usize>(
+    a: &[u8; BYTES],
+    b: &[u8; BYTES],
+) -> [__m256i; 2] {
+    let at = quants_at(ID);
+    let packed = halves(array(a, at), array(b, at));
+    if ID == Q8_0 {
+        return [packed, halves(array(a, at + 16), array(b, at + 16))];
+    }
+    let [low, high] = nibbles(packed);
+    match ID {
+        Q5_0 | Q5_1 => {
+            let a_bits = _mm_set1_epi32(i32::from_le_bytes(*array(a, at - 4)));
+            let b_bits = _mm_set1_epi32(i32::from_le_bytes(*array(b, at - 4)));
+            let bits = _mm256_set_m128i(b_bits, a_bits);
+            let [from_low, from_high] = [bit_bytes(0), bit_bytes(2)];
+            [
+                _mm256_or_si256(low, fifth_bits(_mm256_shuffle_epi8(bits, from_low))),
+                _mm256_or_si256(high, fifth_bits(_mm256_shuffle_epi8(bits, from_high))),
+            ]
+        }
+        IQ4_NL => {
+            let table = iq4_nl_table();
+            [
+                _mm256_shuffle_epi8(table, low),
+                _mm256_shuffle_epi8(table, high),
+            ]
+        }
+        _ => [low, high],
+    }
+}
+
+/// The weight bytes of a block of 32, in order.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn single<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> __m256i {
+    let at = quants_at(ID);
+    if ID == Q8_0 {
+        return halves(array(block, at), array(block, at + 16));
+    }
+    let packed = load_16(array(block, at));
+    let packed = _mm256_set_m128i(_mm_srli_epi16::<4>(packed), packed);
+    let q = _mm256_and_si256(packed, _mm256_set1_epi8(15));
+    match ID {
+        Q5_0 | Q5_1 => {
+            let bits = _mm256_set1_epi32(i32::from_le_bytes(*array(block, at - 4)));
+            let spread = _mm256_blend_epi32::<0xf0>(bit_bytes(0), bit_bytes(2));
+            _mm256_or_si256(q, fifth_bits(_mm256_shuffle_epi8(bits, spread)))
+        }
+        IQ4_NL => _mm256_shuffle_epi8(iq4_nl_table(), q),
+        _ => q,
+    }
+}
+
+/// The weight bytes of a block of 256, in order.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn superblock<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> [__m256i; 8] {
+    let mut q = [_mm256_setzero_si256(); 8];
+    let two_bits = _mm256_set1_epi8(3);
+    match ID {
+        Q4_K | Q5_K | INT4 => {
+            let at = match ID {
+                Q4_K => 16,
+                Q5_K => 48,
+                _ => 2,
+            };
+            for i in 0..4 {
+                [q[2 * i], q[2 * i + 1]] = nibbles(load(array::<32>(block, at + 32 * i)));
+            }
+            if ID == Q5_K {
+                // Shifts reach over bytes, but only bit 0 is used, which comes from its own.
+                let mut bits = load(array::<32>(block, 16));
+                for q in &mut q {
+                    let bit = _mm256_and_si256(bits, _mm256_set1_epi8(1));
+                    *q = _mm256_or_si256(*q, _mm256_slli_epi16::<4>(bit));
+                    bits = _mm256_srli_epi16::<1>(bits);
+                }
+            }
+        }
+        Q6_K => {
+            for i in 0..2 {
+                let first = nibbles(load(array::<32>(block, 64 * i)));
+                let second = nibbles(load(array::<32>(block, 64 * i + 32)));
+                let low = [first[0], second[0], first[1], second[1]];
+                let mut high = load(array::<32>(block, 128 + 32 * i));
+                for g in 0..4 {
+                    let bits = _mm256_slli_epi16::<4>(_mm256_and_si256(high, two_bits));
+                    q[4 * i + g] = _mm256_or_si256(low[g], bits);
+                    high = _mm256_srli_epi16::<2>(high);
+                }
+            }
+        }
+        Q2_K | Q3_K => {
+            let at = if ID == Q2_K { 16 } else { 32 };
+            for i in 0..2 {
+                let mut low = load(array::<32>(block, at + 32 * i));
+                for g in 0..4 {
+                    q[4 * i + g] = _mm256_and_si256(low, two_bits);
+                    low = _mm256_srli_epi16::<2>(low);
+                }
+            }
+            if ID == Q3_K {
+                let mut bits = load(array::<32>(block, 0));
+                for q in &mut q {
+                    let bit = _mm256_and_si256(bits, _mm256_set1_epi8(1));
+                    *q = _mm256_or_si256(*q, _mm256_slli_epi16::<2>(bit));
+                    bits = _mm256_srli_epi16::<1>(bits);
+                }
+            }
+        }
+        _ => {}
+    }
+    q
+}
+
+/// The sixteen scales and the sixteen minima of a block of 256, as i16: those of the even groups
+/// in the lower half, of the odd ones in the upper, which is how the groups lie in
+/// [`superblock`]'s vectors. Minima are zero for types without.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn factors<const ID: u32, const BYTES: usize>(
+    block: &[u8; BYTES],
+) -> (__m256i, __m256i) {
+    let evens_then_odds = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    match ID {
+        Q4_K | Q5_K => {
+            let low = u32::from_le_bytes(*array(block, 4));
+            let mins = u32::from_le_bytes(*array(block, 8));
+            let high = u32::from_le_bytes(*array(block, 12));
+            let [six, four, two] = [0x3f3f_3f3f, 0x0f0f_0f0f, 0x3030_3030];
+            (
+                wide(low & six, high & four | low >> 2 & two),
+                wide(mins & six, high >> 4 & four | mins >> 2 & two),
+            )
+        }
+        INT4 => (_mm256_set1_epi16(1), _mm256_setzero_si256()),
+        Q2_K => {
+            let packed = _mm_shuffle_epi8(load_16(array(block, 0)), evens_then_odds);
+            let four = _mm_set1_epi8(15);
+            let minima = _mm_and_si128(_mm_srli_epi16::<4>(packed), four);
+            (
+                _mm256_cvtepu8_epi16(_mm_and_si128(packed, four)),
+                _mm256_cvtepu8_epi16(minima),
+            )
+        }
+        _ => {
+            let scales = if ID == Q3_K {
+                load_16(&q3_k_scales(array(block, 96)).map(i8::cast_unsigned))
+            } else {
+                load_16(array(block, BYTES - 18))
+            };
+            let scales = _mm_shuffle_epi8(scales, evens_then_odds);
+            (_mm256_cvtepi8_epi16(scales), _mm256_setzero_si256())
+        }
+    }
+}
+
+/// Eight bytes as i16 in both halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn wide(first: u32, second: u32) -> __m256i {
+    let bytes = u64::from(first) | u64::from(second) << 32;
+    let words = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(bytes.cast_signed()));
+    _mm256_broadcastsi128_si256(words)
+}
+
+/// The factor d of a block, and that of its minimum (0 without), both half-precision.
+#[inline(always)]
+pub(super) fn half_factors<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> (u16, u16) {
+    let half = |at| u16::from_le_bytes(*array(block, at));
+    match ID {
+        Q2_K => (half(80), half(82)),
+        Q3_K | Q6_K => (half(BYTES - 2), 0),
+        Q4_1 | Q5_1 | Q4_K | Q5_K => (half(0), half(2)),
+        _ => (half(0), 0),
+    }
+}
+
+/// The low halves of bytes, and the high ones.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nibbles(bytes: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    [
+        _mm256_and_si256(bytes, mask),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask),
+    ]
+}
+
+/// Indices of the byte that holds bit i, and of the next for bit i + 8, in both halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn bit_bytes(first: i64) -> __m256i {
+    let each = 0x0101_0101_0101_0101;
+    _mm256_set_epi64x(
+        (first + 1) * each,
+        first * each,
+        (first + 1) * each,
+        first * each,
+    )
+}
+
+/// 16 in byte i where its bit i % 8 is set, else 0.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn fifth_bits(bytes: __m256i) -> __m256i {
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+    _mm256_and_si256(set, _mm256_set1_epi8(16))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn iq4_nl_table() -> __m256i {
+    const VALUES: [u8; 16] = {
+        let mut values = [0; 16];
+        let mut i = 0;
+        while i < 16 {
+            values[i] = (IQ4_NL_VALUES[i] as i8).cast_unsigned();
+            i += 1;
+        }
+        values
+    };
+    _mm256_broadcastsi128_si256(load_16(&VALUES))
+}
+
+#[inline(always)]
+fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+    block[at..]
+        .first_chunk()
+        .expect("every caller's offset leaves N bytes in its block")
+}
+
+const _: () = {
+    let ids = [
+        (Q4_0, BlockType::Q4_0),
+        (Q4_1, BlockType::Q4_1),
+        (Q5_0, BlockType::Q5_0),
+        (Q5_1, BlockType::Q5_1),
+        (Q8_0, BlockType::Q8_0),
+        (Q2_K, BlockType::Q2K),
+        (Q3_K, BlockType::Q3K),
+        (Q4_K, BlockType::Q4K),
+        (Q5_K, BlockType::Q5K),
+        (Q6_K, BlockType::Q6K),
+        (IQ4_NL, BlockType::IQ4NL),
+        (INT4, BlockType::Int4),
+    ];
+    let mut i = 0;
+    while i < ids.len() {
+        assert!(ids[i].0 == ids[i].1.ggml_id());
+        i += 1;
+    }
+};

@@ -1,0 +1,390 @@
+//! Products of quantized weights with many tokens.
+//!
+//! Sixteen rows are unpacked to bytes, one partial sum's blocks at a time so that they stay in
+//! the first-level cache, and multiplied with all tokens, four at a time. A lane is a row: four
+//! successive weights of eight rows are a vector, and the same four activations of a token fill
+//! the other.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index into several arrays; closures in iterators would lose the target features"
+)]
+
+use std::arch::x86_64::*;
+
+use super::blocks::{
+    factors, half_factors, has_minimum, is_signed, offset_shift, single, sums_in_i16, superblock,
+};
+use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len};
+use super::micro::{self, Integers, Lanes, Scales, Weights};
+use super::vector::{from_f16, load, load_f32, prefetch, store, store_f32, store_i16, transpose};
+use crate::MatrixRef;
+use crate::activations::Quantized;
+
+/// Rows of a panel, in two vectors.
+pub(super) const PANEL_ROWS: usize = 16;
+
+/// One block of 32 of sixteen rows, eight rows to a vector.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct Panel {
+    q: [[[u8; 32]; 2]; 8],
+    d: [[f32; 8]; 2],
+    m: [[f32; 8]; 2],
+}
+
+const EMPTY_PANEL: Panel = Panel {
+    q: [[[0; 32]; 2]; 8],
+    d: [[0.0; 8]; 2],
+    m: [[0.0; 8]; 2],
+};
+
+/// One block of 256 of sixteen rows.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct SuperPanel {
+    q: [[[[u8; 32]; 2]; 8]; 8],
+    /// The scale of each group of sixteen, twice for each row.
+    scales: [Scales; 16],
+    /// What the sums of activations are multiplied with, two successive groups for each row.
+    minima: [Scales; 8],
+    d: [[f32; 8]; 2],
+    dmin: [[f32; 8]; 2],
+}
+
+const EMPTY_SUPER_PANEL: SuperPanel = SuperPanel {
+    q: [[[[0; 32]; 2]; 8]; 8],
+    scales: [[[[0; 2]; 8]; 2]; 16],
+    minima: [[[[0; 2]; 8]; 2]; 8],
+    d: [[0.0; 8]; 2],
+    dmin: [[0.0; 8]; 2],
+};
+
+/// [`scalar::int8_rows`](crate::scalar::int8_rows) for types with blocks of 32.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn rows<const ID: u32, const BYTES: usize>(
+    x: &Quantized,
+    w: MatrixRef<'_>,
+    first_row: usize,
+    out: &mut [&mut [f32]],
+) {
+    let groups = x.groups();
+    let tiles = x.n.div_ceil(TILE);
+    let x = Layouts::tiles(x);
+    let rows = out.first().map_or(0, |out| out.len());
+    let mut panel = vec![EMPTY_PANEL; groups.div_ceil(LANES)];
+    let mut sums: Vec<Lanes> = vec![[[[0.0; 8]; 2]; TILE]; tiles];
+    for start in (0..rows).step_by(PANEL_ROWS) {
+        let panel_rows = panel_rows::<BYTES>(w, first_row + start, rows - start);
+        let mut ahead = Ahead::new(w, first_row + start, groups);
+        sums.fill([[[0.0; 8]; 2]; TILE]);
+        let mut rest = x;
+        for class in 0..LANES.min(groups) {
+            let len = class_len(groups, class);
+            for (i, panel) in panel.iter_mut().enumerate().take(len) {
+                ahead.go_on();
+                unpack::<ID, BYTES>(&panel_rows, class + i * LANES, panel);
+            }
+            let of_class;
+            (of_class, rest) = rest.split_at(len * tiles);
+            for (x, sums) in of_class.chunks_exact(len).zip(&mut sums) {
+                multiply::<ID>(&panel[..len], x, sums);
+            }
+        }
+        bring_home(&sums, start, out);
+    }
+}
+
+/// The blocks of the rows of a panel; the last row again where the matrix has no more.
+fn panel_rows<'a, const BYTES: usize>(
+    w: MatrixRef<'a>,
+    first: usize,
+    rows: usize,
+) -> [&'a [[u8; BYTES]]; PANEL_ROWS] {
+    std::array::from_fn(|i| w.row(first + i.min(rows - 1)).as_chunks().0)
+}
+
+/// Asks for the next panel's weights, which lie behind this one's, piece by piece.
+struct Ahead<'a> {
+    rest: &'a [u8],
+    piece: usize,
+    distance: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// For a panel that starts at row `first` and is used in `pieces` steps.
+    fn new(w: MatrixRef<'a>, first: usize, pieces: usize) -> Self {
+        let rows = PANEL_ROWS.min(w.rows() - first);
+        let row_bytes = w.row(first).len();
+        let rest = &w.bytes()[first * row_bytes..][..rows * row_bytes];
+        Self {
+            rest,
+            piece: rest.len().div_ceil(pieces.max(1)),
+            distance: rest.len(),
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn go_on(&mut self) {
+        let (piece, rest) = self.rest.split_at(self.piece.min(self.rest.len()));
+        prefetch::<_MM_HINT_T1>(piece, self.distance);
+        self.rest = rest;
+    }
+}
+
+fn bring_home(sums: &[Lanes], start: usize, out: &mut [&mut [f32]]) {
+    for (t, out) in out.iter_mut().enumerate() {
+        let sums = sums[t / TILE][t % TILE].as_flattened();
+        let rows = PANEL_ROWS.min(out.len() - start);
+        out[start..start + rows].copy_from_slice(&sums[..rows]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn unpack<const ID: u32, const BYTES: usize>(
+    rows: &[&[[u8; BYTES]]; PANEL_ROWS],
+    block: usize,
+    panel: &mut Panel,
+) {
+    for half in 0..2 {
+        let mut q = [_mm256_setzero_si256(); 8];
+        let (mut d, mut m) = ([0; 8], [0; 8]);
+        for i in 0..8 {
+            let block = &rows[8 * half + i][block];
+            q[i] = single::<ID, BYTES>(block);
+            (d[i], m[i]) = half_factors::<ID, BYTES>(block);
+        }
+        let q = transpose(q);
+        for i in 0..8 {
+            panel.q[i][half] = store(q[i]);
+        }
+        panel.d[half] = store_f32(from_f16(d));
+        panel.m[half] = store_f32(from_f16(m));
+    }
+}
+
+/// Adds the blocks of a partial sum, in order, to `sums`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply<const ID: u32>(w: &[Panel], x: &[Tile], sums: &mut Lanes) {
+    if ID == super::blocks::Q4_0 {
+        return multiply_four_bit(w, x, sums);
+    }
+    let mut lanes = [[[0.0; 8]; 2]; TILE];
+    let x = &x[..w.len()];
+    for i in 0..w.len() {
+        let (w, x) = (&w[i], &x[i]);
+        let a = products::<ID>(&w.q, &x.values);
+        for t in 0..TILE {
+            let scale = _mm256_set1_ps(x.scales[t]);
+            let x_sum = _mm256_set1_epi32(x.sums[t]);
+            for half in 0..2 {
+                let mut a = load(&a[t][half]);
+                if let Some(shift) = offset_shift(ID) {
+                    let offset = _mm256_sll_epi32(x_sum, _mm_cvtsi32_si128(shift));
+                    a = _mm256_sub_epi32(a, offset);
+                }
+                let d = _mm256_mul_ps(load_f32(&w.d[half]), scale);
+                let mut sum = load_f32(&lanes[t][half]);
+                sum = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(a), sum);
+                if has_minimum(ID) {
+                    let m = _mm256_mul_ps(load_f32(&w.m[half]), scale);
+                    let b = _mm256_cvtepi32_ps(x_sum);
+                    sum = _mm256_fmadd_ps(m, b, sum);
+                }
+                lanes[t][half] = store_f32(sum);
+            }
+        }
+    }
+    add(&lanes, sums);
+}
+
+/// [`multiply`] for Q4_0.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn multiply_four_bit(w: &[Panel], x: &[Tile], sums: &mut Lanes) {
+    let mut lanes = [[[0.0; 8]; 2]; TILE];
+    let x = &x[..w.len()];
+    for i in 0..w.len() {
+        micro::add_four_bit::<3>(&w[i].q, &w[i].d, &x[i], &mut lanes);
+    }
+    add(&lanes, sums);
+}
+
+/// Dot products of 32 columns, for sixteen rows and four tokens.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn products<const ID: u32>(w: &[Weights; 8], x: &[[i32; TILE]; 8]) -> Integers {
+    if is_signed(ID) {
+        return micro::signed(w, x);
+    }
+    let chain = sums_in_i16(ID);
+    let mut a = [[[0; 8]; 2]; TILE];
+    let mut first = 0;
+    while first < 8 {
+        let columns = first..first + chain;
+        micro::add_unsigned(&w[columns.clone()], &x[columns], &[[[1; 2]; 8]; 2], &mut a);
+        first += chain;
+    }
+    a
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn add(lanes: &Lanes, sums: &mut Lanes) {
+    for t in 0..TILE {
+        for half in 0..2 {
+            let sum = _mm256_add_ps(load_f32(&sums[t][half]), load_f32(&lanes[t][half]));
+            sums[t][half] = store_f32(sum);
+        }
+    }
+}
+
+/// [`scalar::int8_rows`](crate::scalar::int8_rows) for types with blocks of 256.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn super_rows<const ID: u32, const BYTES: usize>(
+    x: &Quantized,
+    w: MatrixRef<'_>,
+    first_row: usize,
+    out: &mut [&mut [f32]],
+) {
+    let groups = x.groups();
+    let tiles = x.n.div_ceil(TILE);
+    let x = Layouts::supertiles(x);
+    let rows = out.first().map_or(0, |out| out.len());
+    let mut panel = vec![EMPTY_SUPER_PANEL; groups.div_ceil(LANES)];
+    let mut sums: Vec<Lanes> = vec![[[[0.0; 8]; 2]; TILE]; tiles];
+    for start in (0..rows).step_by(PANEL_ROWS) {
+        let panel_rows = panel_rows::<BYTES>(w, first_row + start, rows - start);
+        let mut ahead = Ahead::new(w, first_row + start, groups);
+        sums.fill([[[0.0; 8]; 2]; TILE]);
+        let mut rest = x;
+        for class in 0..LANES.min(groups) {
+            let len = class_len(groups, class);
+            for (i, panel) in panel.iter_mut().enumerate().take(len) {
+                ahead.go_on();
+                unpack_super::<ID, BYTES>(&panel_rows, class + i * LANES, panel);
+            }
+            let of_class;
+            (of_class, rest) = rest.split_at(len * tiles);
+            for (x, sums) in of_class.chunks_exact(len).zip(&mut sums) {
+                multiply_super::<ID>(&panel[..len], x, sums);
+            }
+        }
+        bring_home(&sums, start, out);
+    }
+}
+
+/// Whether a scale and a minimum hold for 32 weights rather than sixteen.
+const fn groups_of_32(id: u32) -> bool {
+    matches!(
+        id,
+        super::blocks::Q4_K | super::blocks::Q5_K | super::blocks::INT4
+    )
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn unpack_super<const ID: u32, const BYTES: usize>(
+    rows: &[&[[u8; BYTES]]; PANEL_ROWS],
+    block: usize,
+    panel: &mut SuperPanel,
+) {
+    for half in 0..2 {
+        let mut q = [[_mm256_setzero_si256(); 8]; 8];
+        let (mut d, mut dmin) = ([0; 8], [0; 8]);
+        for i in 0..8 {
+            let block = &rows[8 * half + i][block];
+            let of_row = superblock::<ID, BYTES>(block);
+            for g in 0..8 {
+                q[g][i] = of_row[g];
+            }
+            (d[i], dmin[i]) = half_factors::<ID, BYTES>(block);
+            let (scales, minima) = factors::<ID, BYTES>(block);
+            let minima = match offset_shift(ID) {
+                Some(shift) => _mm256_sll_epi16(scales, _mm_cvtsi32_si128(shift)),
+                None => minima,
+            };
+            let (scales, minima) = (store_i16(scales), store_i16(minima));
+            for g in 0..8 {
+                panel.scales[2 * g][half][i] = [scales[g]; 2];
+                panel.scales[2 * g + 1][half][i] = [scales[g + 8]; 2];
+            }
+            if groups_of_32(ID) {
+                for g in 0..4 {
+                    panel.minima[g][half][i] = [minima[2 * g], minima[2 * g + 1]];
+                }
+            } else {
+                for g in 0..8 {
+                    panel.minima[g][half][i] = [minima[g], minima[g + 8]];
+                }
+            }
+        }
+        for g in 0..8 {
+            let q = transpose(q[g]);
+            for i in 0..8 {
+                panel.q[g][i][half] = store(q[i]);
+            }
+        }
+        panel.d[half] = store_f32(from_f16(d));
+        panel.dmin[half] = store_f32(from_f16(dmin));
+    }
+}
+
+/// As [`multiply`].
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], sums: &mut Lanes) {
+    let mut lanes = [[[0.0; 8]; 2]; TILE];
+    let x = &x[..w.len()];
+    for i in 0..w.len() {
+        let (w, x) = (&w[i], &x[i]);
+        let mut a = [[[0; 8]; 2]; TILE];
+        for g in 0..8 {
+            add_group::<ID>(&w.q[g], &x.values[g], &w.scales, g, &mut a);
+        }
+        let b = if groups_of_32(ID) {
+            micro::minima(&w.minima[..4], &x.sums_32)
+        } else {
+            micro::minima(&w.minima, &x.sums_16)
+        };
+        for t in 0..TILE {
+            let scale = _mm256_set1_ps(x.scales[t]);
+            for half in 0..2 {
+                let mut a = load(&a[t][half]);
+                if offset_shift(ID).is_some() {
+                    a = _mm256_sub_epi32(a, b[t][half]);
+                }
+                let d = _mm256_mul_ps(load_f32(&w.d[half]), scale);
+                let mut sum = load_f32(&lanes[t][half]);
+                sum = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(a), sum);
+                if has_minimum(ID) {
+                    let m = _mm256_mul_ps(load_f32(&w.dmin[half]), scale);
+                    sum = _mm256_fnmadd_ps(m, _mm256_cvtepi32_ps(b[t][half]), sum);
+                }
+                lanes[t][half] = store_f32(sum);
+            }
+        }
+    }
+    add(&lanes, sums);
+}
+
+/// Adds 32 columns, times their scales.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn add_group<const ID: u32>(
+    w: &[Weights; 8],
+    x: &[[i32; TILE]; 8],
+    scales: &[Scales; 16],
+    g: usize,
+    a: &mut Integers,
+) {
+    let chain = sums_in_i16(ID);
+    let mut first = 0;
+    while first < 8 {
+        let columns = first..first + chain;
+        let scales = &scales[2 * g + first / 4];
+        micro::add_unsigned(&w[columns.clone()], &x[columns], scales, a);
+        first += chain;
+    }
+}

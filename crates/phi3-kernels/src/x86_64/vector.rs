@@ -1,0 +1,162 @@
+//! Changes between arrays and vectors of the same size, and the order of lanes.
+//!
+//! By value rather than by the intrinsics that take pointers: those check their pointers in a
+//! build with debug assertions, which makes the loops four times slower.
+
+use std::arch::x86_64::*;
+use std::mem::transmute;
+
+/// What a vector may be made of and turned into: arrays of 32 bytes that any bits are valid in.
+pub(super) trait Bytes32: Copy {}
+impl Bytes32 for [u8; 32] {}
+impl Bytes32 for [i8; 32] {}
+impl Bytes32 for [i16; 16] {}
+impl Bytes32 for [i32; 8] {}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load<T: Bytes32>(array: &T) -> __m256i {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: the constant above has checked the size, `Bytes32` promises that any bits are
+    // valid, and the read is of a reference to plain data, at any alignment.
+    unsafe { std::ptr::from_ref(array).cast::<__m256i>().read_unaligned() }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_16(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: both types are sixteen bytes in the same order, and any bits are valid in them.
+    unsafe { transmute::<[u8; 16], __m128i>(*bytes) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_f32(array: &[f32; 8]) -> __m256 {
+    // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
+    unsafe { transmute::<[f32; 8], __m256>(*array) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store(vector: __m256i) -> [u8; 32] {
+    // SAFETY: both types are 32 bytes in the same order, and any bits are valid in them.
+    unsafe { transmute::<__m256i, [u8; 32]>(vector) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_i16(vector: __m256i) -> [i16; 16] {
+    // SAFETY: both types are sixteen i16 in the same order, and any bits are valid in them.
+    unsafe { transmute::<__m256i, [i16; 16]>(vector) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_i32(vector: __m256i) -> [i32; 8] {
+    // SAFETY: both types are eight i32 in the same order, and any bits are valid in them.
+    unsafe { transmute::<__m256i, [i32; 8]>(vector) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_f32(vector: __m256) -> [f32; 8] {
+    // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
+    unsafe { transmute::<__m256, [f32; 8]>(vector) }
+}
+
+/// `low` in the lower half, `high` in the upper.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn halves(low: &[u8; 16], high: &[u8; 16]) -> __m256i {
+    _mm256_set_m128i(load_16(high), load_16(low))
+}
+
+/// Eight half-precision numbers as f32.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn from_f16(h: [u16; 8]) -> __m256 {
+    // SAFETY: both types are sixteen bytes in the same order, and any bits are valid in them.
+    _mm256_cvtph_ps(unsafe { transmute::<[u16; 8], __m128i>(h) })
+}
+
+/// Asks for as many cache lines as `bytes` fill, from `distance` bytes after their start, whether
+/// or not anything lies there: into the first-level cache or, by `_MM_HINT_T1`, the second.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn prefetch<const HINT: i32>(bytes: &[u8], distance: usize) {
+    let mut at = 0;
+    while at < bytes.len() {
+        let line = bytes.as_ptr().wrapping_add(distance + at).cast::<i8>();
+        #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
+        // SAFETY: a prefetch reads nothing and faults at no address.
+        unsafe {
+            _mm_prefetch::<HINT>(line)
+        };
+        at += 64;
+    }
+}
+
+/// Rows of eight dwords to columns.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
+    // Pairs of rows interleaved by one dword, then by two, then by four.
+    let ab = (
+        _mm256_unpacklo_epi32(r[0], r[1]),
+        _mm256_unpackhi_epi32(r[0], r[1]),
+    );
+    let cd = (
+        _mm256_unpacklo_epi32(r[2], r[3]),
+        _mm256_unpackhi_epi32(r[2], r[3]),
+    );
+    let ef = (
+        _mm256_unpacklo_epi32(r[4], r[5]),
+        _mm256_unpackhi_epi32(r[4], r[5]),
+    );
+    let gh = (
+        _mm256_unpacklo_epi32(r[6], r[7]),
+        _mm256_unpackhi_epi32(r[6], r[7]),
+    );
+    let low = [
+        _mm256_unpacklo_epi64(ab.0, cd.0),
+        _mm256_unpackhi_epi64(ab.0, cd.0),
+        _mm256_unpacklo_epi64(ab.1, cd.1),
+        _mm256_unpackhi_epi64(ab.1, cd.1),
+    ];
+    let high = [
+        _mm256_unpacklo_epi64(ef.0, gh.0),
+        _mm256_unpackhi_epi64(ef.0, gh.0),
+        _mm256_unpacklo_epi64(ef.1, gh.1),
+        _mm256_unpackhi_epi64(ef.1, gh.1),
+    ];
+    [
+        _mm256_permute2x128_si256::<0x20>(low[0], high[0]),
+        _mm256_permute2x128_si256::<0x20>(low[1], high[1]),
+        _mm256_permute2x128_si256::<0x20>(low[2], high[2]),
+        _mm256_permute2x128_si256::<0x20>(low[3], high[3]),
+        _mm256_permute2x128_si256::<0x31>(low[0], high[0]),
+        _mm256_permute2x128_si256::<0x31>(low[1], high[1]),
+        _mm256_permute2x128_si256::<0x31>(low[2], high[2]),
+        _mm256_permute2x128_si256::<0x31>(low[3], high[3]),
+    ]
+}
+
+/// The eight dwords of each of four vectors, summed by halves: lane i is the lower half of
+/// vector i, lane i + 4 its upper half.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn sum_halves(v: [__m256i; 4]) -> __m256i {
+    _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]))
+}
+
+/// Lane i is the sum of the eight dwords of vector i.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn sum_each(v: &[__m256i; 8]) -> __m256i {
+    let low = sum_halves([v[0], v[1], v[2], v[3]]);
+    let high = sum_halves([v[4], v[5], v[6], v[7]]);
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256::<0x20>(low, high),
+        _mm256_permute2x128_si256::<0x31>(low, high),
+    )
+}
