@@ -35,7 +35,7 @@ fn run(backend: Backend, x: &Quantized, w: MatrixRef<'_>, first_row: usize) -> V
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Every backend gives the specification's bits, whatever the shape; a token alone gives what
     /// it gives among many.

@@ -189,7 +189,6 @@ fn shape(head_dim: usize, q_start: usize, k_start: usize, window: Option<usize>)
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 150,
         failure_persistence: None,
         ..ProptestConfig::default()
     })]

@@ -19,7 +19,6 @@ const SMALL_OP_TOLERANCE: f64 = 1e-6;
 
 fn config() -> ProptestConfig {
     ProptestConfig {
-        cases: 200,
         failure_persistence: None,
         ..ProptestConfig::default()
     }
