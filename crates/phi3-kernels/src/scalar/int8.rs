@@ -60,6 +60,7 @@ pub(crate) fn quantize(
 
 /// `out[t][i] = x[t] · w[first_row + i]`.
 pub(crate) fn int8_rows(x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+    debug_assert_eq!(out.len(), x.n, "an output for every token");
     let rows = out.first().map_or(0, |out| out.len());
     let block_bytes = w.block_type().block_bytes();
     for i in 0..rows {
