@@ -1,5 +1,5 @@
 //! Speed of attention on the shapes of phi-3-mini, and its share of the machine:
-//! `cargo run --release -p phi3-kernels --example attention_speed [SECONDS]`.
+//! `cargo run --release -p phi3-kernels --example attention_speed [SECONDS [CASE]]`.
 //!
 //! Decoding is bound by memory: the keys and values of 32 layers, which no cache holds, are read
 //! once per token. A prompt is bound by arithmetic.
@@ -37,7 +37,15 @@ struct Case {
 fn main() {
     let seconds = std::env::args().nth(1).and_then(|s| s.parse().ok());
     let limit = Duration::from_secs_f64(seconds.unwrap_or(3.0));
-    println!("{} on {} threads", backend_name(), num_threads());
+    let probe = phi3_kernels::probe(num_threads());
+    println!(
+        "{} on {} threads, which read {:.1} GB/s and do {:.0} GFLOP/s at most",
+        backend_name(),
+        num_threads(),
+        probe.read_bytes / 1e9,
+        probe.f32_ops() / 1e9
+    );
+    let only: Option<usize> = std::env::args().nth(2).and_then(|s| s.parse().ok());
     let mini = Case {
         heads: 32,
         kv_heads: 32,
@@ -61,7 +69,7 @@ fn main() {
         layers: 1,
         ..case
     };
-    for case in [
+    let cases = [
         mini,
         Case { half: false, ..few },
         Case { keys: 512, ..mini },
@@ -94,8 +102,11 @@ fn main() {
             layers: 1,
             ..mini
         },
-    ] {
-        measure(case, limit);
+    ];
+    for (i, case) in cases.into_iter().enumerate() {
+        if only.is_none_or(|only| only == i) {
+            measure(case, limit);
+        }
     }
 }
 

@@ -73,6 +73,16 @@ impl Backend {
         }
     }
 
+    /// A hint that `rows`, some few, are read next. A backend without one does nothing.
+    pub(super) fn prefetch(self, rows: Rows<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if let Backend::Avx2(avx2) = self {
+            avx2.prefetch(rows);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = rows;
+    }
+
     /// Half precision to f32, exactly; slices of the same length.
     pub(crate) fn widen(self, halves: &[u16], out: &mut [f32]) {
         match self {

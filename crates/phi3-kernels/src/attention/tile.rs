@@ -22,7 +22,11 @@ const STRIDE: usize = TILE + 16;
 
 /// Rows up to which a backend widens half-precision keys while it multiplies: more would widen
 /// them again and again.
-const DIRECT_ROWS: usize = 3;
+const DIRECT_ROWS: usize = 4;
+
+/// Rows of keys or values that are asked for ahead where the next ones lie elsewhere: about as many
+/// lines as a core can wait for.
+const PREFETCH_ROWS: usize = 8;
 
 /// Widths of vectors that backends need not care about: rows are padded to a multiple.
 const LANES: usize = 8;
@@ -233,6 +237,11 @@ impl<'a> Queries<'a> {
             }
         }
 
+        // While exponentials are made memory would rest.
+        let streams = self.rows <= DIRECT_ROWS;
+        if streams {
+            self.prefetch(seen.start, false);
+        }
         let first_column = column(seen.start) / LANES * LANES;
         let end_column = column(seen.end).next_multiple_of(LANES);
         for (r, scores) in self.scores.chunks_exact_mut(STRIDE).enumerate() {
@@ -240,7 +249,10 @@ impl<'a> Queries<'a> {
             (sums.max[r], sums.sum[r]) = self.backend.exponentials(scores);
         }
 
-        for block in sequence.blocks(seen) {
+        for block in sequence.blocks(seen.clone()) {
+            if streams && block.end == seen.end {
+                self.prefetch(seen.end, true);
+            }
             let values = sequence.rows(self.head, &block, false);
             let values = widened(self.backend, values, &mut self.wide, &sequence, width);
             let mut add = |first: usize, end: usize, keys: Range<usize>| {
@@ -270,6 +282,16 @@ impl<'a> Queries<'a> {
                 add(first, end, all.clone());
                 (first..end).for_each(|r| add(r, r + 1, all.end..own(r).end));
             }
+        }
+    }
+
+    /// Asks for the keys from position `first` on, or the values, if there are any.
+    fn prefetch(&self, first: usize, of_keys: bool) {
+        let sequence = self.sequence;
+        if let Some(block) = sequence.blocks(first..sequence.len).next() {
+            let rows = first..block.end.min(first + PREFETCH_ROWS);
+            self.backend
+                .prefetch(sequence.rows(self.head, &rows, of_keys));
         }
     }
 

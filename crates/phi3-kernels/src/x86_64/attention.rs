@@ -55,6 +55,13 @@ impl Avx2 {
         }
     }
 
+    pub(crate) fn prefetch(self, rows: Rows<'_>) {
+        match rows {
+            Rows::F32(rows) => prefetch(rows.as_ptr(), 0, rows.len()),
+            Rows::F16(rows) => prefetch(rows.as_ptr(), 0, rows.len()),
+        }
+    }
+
     pub(crate) fn widen(self, halves: &[u16], out: &mut [f32]) {
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe { widen(halves, out) }
@@ -97,7 +104,7 @@ fn scores<E: Element>(q: &[f32], keys: &[E], d: usize, out: &mut [f32], stride: 
     let (rows, n) = (q.len() / d, keys.len() / d);
     let mut r = 0;
     while r < rows {
-        let block = BLOCK_ROWS.min(rows - r);
+        let block = next_block(rows - r);
         let q = &q[r * d..(r + block) * d];
         let out = &mut out[r * stride..];
         let mut j = 0;
@@ -132,6 +139,21 @@ fn scores<E: Element>(q: &[f32], keys: &[E], d: usize, out: &mut [f32], stride: 
     }
 }
 
+/// Rows of the next register block of so many: four are two and two, for a row alone costs as much
+/// as two.
+fn next_block(rows: usize) -> usize {
+    match rows {
+        4 => 2,
+        _ => BLOCK_ROWS.min(rows),
+    }
+}
+
+/// Whether elements of this type come straight from memory: where many rows share them, they have
+/// been widened into the cache before.
+const fn streams<E>() -> bool {
+    size_of::<E>() == 2
+}
+
 /// The products of `R` queries with `F` times four keys from the one at `j` on, four to a vector;
 /// behind the last key comes the last key again. Each goes through the elements in vectors of
 /// eight, and adds up their lanes in one order.
@@ -160,7 +182,7 @@ fn dots<E: Element, const R: usize, const F: usize>(
     let ahead = keys[j * d..].as_ptr().wrapping_add(4 * F * d);
     let mut sums = [[[_mm256_setzero_ps(); 4]; F]; R];
     for c in 0..vectors {
-        if R == 1 {
+        if R == 1 || streams::<E>() {
             // The keys of the next call, as many lines as this step reads.
             prefetch(ahead, c * LANES * 4 * F, LANES * 4 * F);
         }
@@ -309,7 +331,7 @@ fn weighted_sum<E: Element>(
     let rows = acc.len() / d;
     let mut r = 0;
     while r < rows {
-        let block = BLOCK_ROWS.min(rows - r);
+        let block = next_block(rows - r);
         let acc = &mut acc[r * d..(r + block) * d];
         let weights = &weights[r * stride..];
         let mut c = 0;
@@ -321,6 +343,7 @@ fn weighted_sum<E: Element>(
                 (1, 12..) => add_rows::<E, 1, 12>(weights, stride, values, n, c, acc),
                 (1, 4..) => add_rows::<E, 1, 4>(weights, stride, values, n, c, acc),
                 (1, _) => add_rows::<E, 1, 1>(weights, stride, values, n, c, acc),
+                (2, 6 | 7 | 10..) => add_rows::<E, 2, 6>(weights, stride, values, n, c, acc),
                 (2, 4..) => add_rows::<E, 2, 4>(weights, stride, values, n, c, acc),
                 (2, _) => add_rows::<E, 2, 1>(weights, stride, values, n, c, acc),
                 (_, 4..) => add_rows::<E, 3, 4>(weights, stride, values, n, c, acc),
@@ -356,7 +379,7 @@ fn add_rows<E: Element, const R: usize, const C: usize>(
         }
     }
     for (j, row) in values.chunks_exact(per_row).take(n).enumerate() {
-        if R == 1 && first == 0 {
+        if (R == 1 || streams::<E>()) && first == 0 {
             prefetch(row.as_ptr().wrapping_add(8 * per_row), 0, per_row + 3);
         }
         let Some(row) = row[first..].first_chunk::<C>() else {
