@@ -13,7 +13,7 @@ use safetensors::{Dtype, SafeTensors};
 /// A golden tensor: integers or floats with their shape.
 #[derive(Clone, Debug)]
 pub enum Golden {
-    /// int64.
+    /// int64 or uint8.
     Ids(Vec<u32>, Vec<usize>),
     /// float32.
     Floats(Vec<f32>, Vec<usize>),
@@ -102,14 +102,21 @@ impl Kit {
         Ok(tensors)
     }
 
-    /// Case names, sorted.
+    /// Names of the cases that have inputs, sorted.
     pub fn cases(&self) -> Vec<String> {
-        self.goldens.cases()
+        let mut cases = self.goldens.cases();
+        cases.retain(|case| self.ids(case, "input_ids").is_some());
+        cases
     }
 
     /// The ids `<case>.<name>`.
     pub fn ids(&self, case: &str, name: &str) -> Option<&[u32]> {
         self.goldens.ids(case, name)
+    }
+
+    /// The shape of `<case>.<name>`.
+    pub fn shape(&self, case: &str, name: &str) -> Option<&[usize]> {
+        self.goldens.shape(case, name)
     }
 
     /// The floats `<case>.<name>`.
@@ -154,6 +161,9 @@ impl Goldens {
                     });
                     Golden::Ids(ids.collect::<Result<_, _>>()?, shape)
                 }
+                Dtype::U8 => {
+                    Golden::Ids(view.data().iter().map(|b| u32::from(*b)).collect(), shape)
+                }
                 Dtype::F32 => {
                     let floats = view
                         .data()
@@ -189,6 +199,13 @@ impl Goldens {
         match self.0.get(&format!("{case}.{name}")) {
             Some(Golden::Ids(ids, _)) => Some(ids),
             _ => None,
+        }
+    }
+
+    /// The shape of `<case>.<name>`.
+    pub fn shape(&self, case: &str, name: &str) -> Option<&[usize]> {
+        match self.0.get(&format!("{case}.{name}"))? {
+            Golden::Ids(_, shape) | Golden::Floats(_, shape) => Some(shape),
         }
     }
 

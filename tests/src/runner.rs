@@ -53,6 +53,13 @@ fn check_case(kit: &Kit, model: &dyn CausalLm, case: &str, vocab: usize) -> Resu
         let mut greedy = argmax_rows(&logits[logits.len() - vocab..], vocab);
         greedy.extend(argmax_rows(&steps, vocab));
         ensure!(greedy == decode_ids, "decode_ids: {greedy:?}");
+        // The same steps, where every one recomputes what the longrope limit changes.
+        if let Some(golden) = kit.floats(case, "nocache_last_logits") {
+            let mut cache = prompt.clone().with_recompute(Recompute::Always);
+            let steps = decode(model, &mut cache, &decode_ids[..decode_ids.len() - 1])?;
+            let error = assert_close("nocache_last_logits", &steps, golden, vocab, F32_TOLERANCE)?;
+            largest = largest.max(error);
+        }
     }
     // Generation, where the rule is to recompute.
     if let Some(generate_ids) = kit.ids(case, "generate_ids") {

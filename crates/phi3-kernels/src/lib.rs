@@ -32,6 +32,7 @@ mod aarch64;
 mod activations;
 mod attention;
 mod block;
+mod block_sparse;
 mod dispatch;
 mod environment;
 #[cfg(test)]
@@ -53,8 +54,9 @@ pub use attention::{
     AttentionJob, AttentionShape, KvPage, KvPages, attend, attend_packed, f16_to_f32, f32_to_f16,
 };
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
+pub use block_sparse::BlockSparseLayout;
 pub use environment::{EnvironmentError, check_environment};
-pub use ops::{argmax, dequantize, gather_rows, linear, matmul, rms_norm, rope, silu_mul};
+pub use ops::{argmax, dequantize, gather_rows, gegelu, linear, matmul, rms_norm, rope, silu_mul};
 pub use probe::{InstructionSet, Probe, probe};
 pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};

@@ -250,6 +250,20 @@ pub fn silu_mul(gate_up: &[f32], intermediate: usize, out: &mut [f32]) {
     });
 }
 
+/// The gated activation of Phi-3-small's MLP: pairs `(a, b)` of `up`, interleaved, become
+/// `a * sigmoid(1.702 a) * (b + 1)`, with `a` at most `limit` and `b` within it on both sides
+/// before that. Infinite values pass the limit, as in the reference.
+///
+/// # Panics
+/// When `up` is not twice as long as `out`.
+pub fn gegelu(up: &[f32], limit: f32, out: &mut [f32]) {
+    check_rows("gegelu: up", up.len(), 2, out.len());
+    let work = out.len().saturating_mul(EXP_WORK);
+    threads::for_each_part(out, 1, work, |first, out| {
+        scalar::gegelu_row(&up[2 * first..][..2 * out.len()], limit, out);
+    });
+}
+
 /// Rotary position embedding in place, in the layout of GPT-NeoX (`rotate_half`): in every head,
 /// `(x[j], x[j + rotary_half])` is rotated by the angle whose cosine and sine are
 /// `cos[t, j]` and `sin[t, j]`; elements from `2 * rotary_half` on stay as they are.

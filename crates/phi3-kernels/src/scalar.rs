@@ -96,6 +96,30 @@ pub(crate) fn silu_mul_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Pairs `(a, b)`: `a * sigmoid(1.702 a) * (b + 1)`, what is finite limited before.
+#[inline(always)]
+pub(crate) fn gegelu_row(up: &[f32], limit: f32, out: &mut [f32]) {
+    // Written with comparisons, since `min` would lose a NaN.
+    let below = |x: f32| {
+        if x > limit && x < f32::INFINITY {
+            limit
+        } else {
+            x
+        }
+    };
+    let above = |x: f32| {
+        if x < -limit && x > f32::NEG_INFINITY {
+            -limit
+        } else {
+            x
+        }
+    };
+    for (out, [a, b]) in out.iter_mut().zip(up.as_chunks::<2>().0) {
+        let (a, b) = (below(*a), above(below(*b)));
+        *out = a / (1.0 + (-1.702 * a).exp()) * (b + 1.0);
+    }
+}
+
 /// One head: rotates `(x[j], x[j + half])` by the angle j, for j below `half = cos.len()`.
 #[inline(always)]
 pub(crate) fn rope_head(x: &mut [f32], cos: &[f32], sin: &[f32]) {

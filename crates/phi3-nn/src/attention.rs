@@ -4,12 +4,13 @@
 //! in `phi3-kernels`, elsewhere in candle operations; both give the same numbers.
 
 use candle_core::{DType, Device, Tensor};
-use phi3_kernels::{AttentionJob, AttentionShape};
+use phi3_kernels::{AttentionJob, AttentionShape, BlockSparseLayout};
 
 use crate::error::{Error, Result};
 use crate::host;
 use crate::layer_cache::LayerCache;
 use crate::packed::{Packed, Sequence};
+use crate::sparse_attention::{SparseQueries, attend_block_sparse};
 
 /// Which keys a query sees. A query at position i always sees itself and never what comes after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,13 +20,27 @@ pub enum AttentionPattern {
     /// The `w` keys at i - w < j <= i, itself included; `w` is at least 1. The cache of such a
     /// layer keeps only the window.
     SlidingWindow(usize),
+    /// The keys at j <= i in the blocks that the layout shows to the query's block and head.
+    BlockSparse(BlockSparseLayout),
 }
 
 impl AttentionPattern {
+    /// Whether the query at position `i` of query head `head` sees the key at position `j`.
+    pub fn sees(self, head: usize, i: usize, j: usize) -> bool {
+        j <= i
+            && match self {
+                Self::Causal => true,
+                Self::SlidingWindow(window) => i - j < window.max(1),
+                Self::BlockSparse(layout) => {
+                    layout.sees(head, i / layout.block_size(), j / layout.block_size())
+                }
+            }
+    }
+
     /// The window, if there is one.
     pub fn window(self) -> Option<usize> {
         match self {
-            Self::Causal => None,
+            Self::Causal | Self::BlockSparse(_) => None,
             Self::SlidingWindow(window) => Some(window.max(1)),
         }
     }
@@ -147,8 +162,22 @@ fn attend_with_kernels(
             let len = sequence.rows.len();
             let (out, after) = std::mem::take(&mut rest).split_at_mut(len * width);
             rest = after;
+            let q = &q[sequence.rows.start * width..sequence.rows.end * width];
+            if let AttentionPattern::BlockSparse(layout) = params.pattern {
+                let mut queries = SparseQueries {
+                    q,
+                    out,
+                    start: sequence.start,
+                    num_heads,
+                    num_kv_heads,
+                    head_dim,
+                    scale: params.scale,
+                };
+                attend_block_sparse(&mut queries, view, layout);
+                continue;
+            }
             jobs.push(AttentionJob {
-                q: &q[sequence.rows.start * width..sequence.rows.end * width],
+                q,
                 out,
                 pages: view.pages(),
                 page_heads: pages.shape().heads,
@@ -192,7 +221,13 @@ fn attend_with_candle(
     let v = v.to_dtype(q.dtype())?.contiguous()?;
     let scores = q.matmul(&k.transpose(1, 2)?.contiguous()?)?; // [k, g*l, s]
     let scores = (scores.to_dtype(DType::F32)? * f64::from(params.scale))?;
-    let mask = additive_mask(len, num_keys, q_start, k_start, params.pattern, q.device())?;
+    let mask = additive_mask(
+        (num_heads, len, num_keys),
+        q_start,
+        k_start,
+        params.pattern,
+        q.device(),
+    )?;
     let scores = scores
         .reshape((num_kv_heads * group, len, num_keys))?
         .broadcast_add(&mask)?;
@@ -208,24 +243,29 @@ fn attend_with_candle(
         .reshape((len, num_heads * head_dim))?)
 }
 
-/// `[l, s]`: 0 where a query sees a key, -inf where it does not.
+/// 0 where a query sees a key, -inf where it does not: `[h, l, s]` where heads differ, else
+/// `[1, l, s]`.
 fn additive_mask(
-    len: usize,
-    num_keys: usize,
+    (num_heads, len, num_keys): (usize, usize, usize),
     q_start: usize,
     k_start: usize,
     pattern: AttentionPattern,
     device: &Device,
 ) -> Result<Tensor> {
-    let window = pattern.window().unwrap_or(usize::MAX);
-    let mut mask = Vec::with_capacity(len * num_keys);
-    for i in q_start..q_start + len {
-        for j in k_start..k_start + num_keys {
-            let visible = j <= i && i - j < window;
-            mask.push(if visible { 0f32 } else { f32::NEG_INFINITY });
+    let heads = match pattern {
+        AttentionPattern::BlockSparse(_) => num_heads,
+        _ => 1,
+    };
+    let mut mask = Vec::with_capacity(heads * len * num_keys);
+    for head in 0..heads {
+        for i in q_start..q_start + len {
+            for j in k_start..k_start + num_keys {
+                let visible = pattern.sees(head, i, j);
+                mask.push(if visible { 0f32 } else { f32::NEG_INFINITY });
+            }
         }
     }
-    Ok(Tensor::from_vec(mask, (len, num_keys), device)?)
+    Ok(Tensor::from_vec(mask, (heads, len, num_keys), device)?)
 }
 
 #[cfg(test)]
@@ -251,7 +291,9 @@ mod tests {
             for (num_heads, num_kv_heads, head_dim) in [(4, 4, 16), (6, 2, 24), (5, 1, 8)] {
                 for pattern in [AttentionPattern::Causal, AttentionPattern::SlidingWindow(3)] {
                     let heads = (num_heads, num_kv_heads, head_dim);
-                    let difference = difference_to_candle(heads, pattern, cache_type)?;
+                    // Pages end at 256.
+                    let spans = [(9, 5), (250, 20)];
+                    let difference = difference_to_candle(heads, pattern, cache_type, &spans)?;
                     assert!(
                         difference < tolerance,
                         "{num_heads} heads, {pattern:?}, {cache_type}: {difference}"
@@ -265,10 +307,48 @@ mod tests {
         Ok(())
     }
 
+    /// Layouts, head counts, chunks and lengths of every kind: touching the visible blocks alone
+    /// gives what a mask over all keys gives.
+    #[test]
+    fn block_sparse_kernels_equal_the_dense_oracle() -> Result<()> {
+        let mut state = 1u64;
+        let mut pick = |first: usize, last: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            first + (state >> 33) as usize % (last - first + 1)
+        };
+        for case in 0..200 {
+            let (num_kv_heads, group) = (pick(1, 3), pick(1, 4));
+            let num_heads = num_kv_heads * group;
+            let layout = BlockSparseLayout::new(
+                num_heads,
+                [1, 4, 16, 64][pick(0, 3)],
+                pick(1, 5),
+                pick(1, 9),
+                pick(0, 3) == 0,
+            );
+            let pattern = AttentionPattern::BlockSparse(
+                layout
+                    .ok_or_else(|| Error::Batch("a layout of such numbers is valid".to_owned()))?,
+            );
+            let spans: Vec<_> = (0..pick(1, 3))
+                .map(|_| (pick(0, 300), [1, pick(1, 9), pick(1, 150)][pick(0, 2)]))
+                .collect();
+            let heads = (num_heads, num_kv_heads, 8);
+            let difference = difference_to_candle(heads, pattern, CacheType::F32, &spans)?;
+            assert!(
+                difference < 1e-5,
+                "case {case}, {heads:?}, {pattern:?}, {spans:?}: {difference}"
+            );
+        }
+        Ok(())
+    }
+
+    /// `spans`: positions before, and of, the chunk of each sequence.
     fn difference_to_candle(
         (num_heads, num_kv_heads, head_dim): (usize, usize, usize),
         pattern: AttentionPattern,
         cache_type: CacheType,
+        spans: &[(usize, usize)],
     ) -> Result<f32> {
         let spec = Arc::new(CacheSpec {
             patterns: vec![pattern],
@@ -287,8 +367,7 @@ mod tests {
         let random = |shape| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
         let (mut caches, mut all) = (Vec::new(), Vec::new());
         let (mut batch, mut expected) = (vec![Vec::new(); 3], Vec::new());
-        // Positions before, and of, the chunk; pages end at 256.
-        for (before, len) in [(9, 5), (250, 20)] {
+        for &(before, len) in spans {
             let q = random((len, num_heads, head_dim))?;
             let k = random((before + len, num_kv_heads, head_dim))?;
             let v = random((before + len, num_kv_heads, head_dim))?;

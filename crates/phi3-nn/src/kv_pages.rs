@@ -11,9 +11,9 @@
 //! a common prefix costs its memory once, but for the page in which the clones part.
 //!
 //! What to free is the pattern's affair. A window drops whole rows of the table
-//! ([`PageTable::drop_before`]). A layer in which heads see different blocks would take pages of
-//! one head and one block ([`PageShape::of`]) and empty single entries; nothing else has to change,
-//! since [`PageTable::size_in_bytes`] counts the entries and [`PageTable::append`] asks only for
+//! ([`PageTable::drop_before`]). A layer in which heads see different blocks takes pages of
+//! one head and one block ([`PageShape::of`]) and could empty single entries, which it does not yet;
+//! nothing else would have to change, since [`PageTable::size_in_bytes`] counts the entries and [`PageTable::append`] asks only for
 //! the positions that it writes.
 
 use std::sync::Arc;
@@ -44,6 +44,11 @@ impl PageShape {
             AttentionPattern::Causal | AttentionPattern::SlidingWindow(_) => Self {
                 heads: num_kv_heads,
                 len: PAGE_LEN,
+            },
+            // Heads see different blocks.
+            AttentionPattern::BlockSparse(layout) => Self {
+                heads: 1,
+                len: layout.block_size(),
             },
         }
     }

@@ -22,6 +22,7 @@ pub mod mlp;
 pub mod norm;
 pub mod packed;
 pub mod rope;
+mod sparse_attention;
 pub mod weights;
 
 pub use attention::{AttentionParams, AttentionPattern, attention};
@@ -35,6 +36,7 @@ pub use linear::Linear;
 pub use mlp::GatedMlp;
 pub use norm::{LayerNorm, RmsNorm};
 pub use packed::Packed;
+pub use phi3_kernels::BlockSparseLayout;
 pub use rope::{Regime, RopeTables, RotaryEmbedding};
 pub use weights::{
     Backend, Bytes, LayoutError, MemorySource, StoredTensor, TensorPart, TensorSource, Weights,

@@ -57,3 +57,76 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Tensor> {
     let up = gate_up.narrow(1, inner, inner)?;
     Ok((up * gate.silu()?)?)
 }
+
+/// Phi-3-small's gated activation: `[n, 2I]` rows of interleaved pairs (a, b) to
+/// a · sigmoid(1.702 a) · (b + 1), `[n, I]`, with a at most `limit` and b within `limit` on both
+/// sides; infinite values pass the limit.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let up = Tensor::new(&[[0f32, 3., 30., 30., -1., -30.]], &Device::Cpu)?;
+/// let out = phi3_nn::mlp::gegelu(&up, 20.0)?.to_vec2::<f32>()?;
+/// assert_eq!(out[0][..2], [0.0, 420.0]);
+/// assert!((out[0][2] - 19.0 * 0.15420).abs() < 1e-3);
+/// # Ok::<(), phi3_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`crate::Error::Candle`] if the shape does not fit.
+pub fn gegelu(up: &Tensor, limit: f64) -> Result<Tensor> {
+    let (rows, width) = up.dims2()?;
+    let inner = width / 2;
+    if up.device().is_cpu() && !up.track_op() {
+        let mut out = vec![0f32; rows * inner];
+        host::with_f32(up, |up| phi3_kernels::gegelu(up, limit as f32, &mut out))?;
+        return Ok(Tensor::from_vec(out, (rows, inner), up.device())?);
+    }
+    gegelu_with_candle(up, limit)
+}
+
+/// [`gegelu`] in candle operations: any device, differentiable.
+fn gegelu_with_candle(up: &Tensor, limit: f64) -> Result<Tensor> {
+    let (rows, width) = up.dims2()?;
+    let pairs = up.reshape((rows, width / 2, 2))?;
+    let (a, b) = (pairs.narrow(2, 0, 1)?, pairs.narrow(2, 1, 1)?);
+    let limited = |x: &Tensor, lowest: f64| -> Result<Tensor> {
+        let clamped = x.minimum(limit)?.maximum(lowest)?;
+        Ok(x.abs()?.eq(f64::INFINITY)?.where_cond(x, &clamped)?)
+    };
+    let a = limited(&a, f64::from(f32::MIN))?;
+    let b = limited(&b, -limit)?;
+    // x · sigmoid(1.702 x) is silu(1.702 x) / 1.702.
+    let gelu = ((a * 1.702)?.silu()? / 1.702)?;
+    Ok((gelu * (b + 1.0)?)?.reshape((rows, width / 2))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    #[test]
+    fn both_forms_of_gegelu_agree_and_the_tracked_one_has_gradients() -> Result<()> {
+        let up = (Tensor::randn(0f32, 15.0, (7, 96), &Device::Cpu)?).slice_assign(
+            &[0..1, 0..2],
+            &Tensor::new(&[[f32::INFINITY, 0.5]], &Device::Cpu)?,
+        )?;
+        let fast = gegelu(&up, 20.0)?.flatten_all()?.to_vec1::<f32>()?;
+        let tracked = Var::from_tensor(&up)?;
+        let slow = gegelu(&tracked, 20.0)?;
+        let values = slow.flatten_all()?.to_vec1::<f32>()?;
+        assert_eq!((fast[0], values[0]), (f32::INFINITY, f32::INFINITY));
+        for (fast, slow) in fast.iter().zip(&values).skip(1) {
+            assert!(
+                (fast - slow).abs() <= 1e-5 * slow.abs().max(1.0),
+                "{fast} {slow}"
+            );
+        }
+        let limited = fast.iter().skip(1).all(|x| x.abs() <= 420.0);
+        assert!(limited, "the limit holds");
+        let grads = slow.narrow(0, 1, 6)?.sum_all()?.backward()?;
+        assert!(grads.get(&tracked).is_some());
+        Ok(())
+    }
+}

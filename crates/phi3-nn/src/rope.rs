@@ -242,6 +242,8 @@ fn check_factors(name: &str, factors: &[f64], rotary_dim: usize) -> Result<()> {
 /// Frequencies of both regimes, ready to make tables for any packed batch.
 #[derive(Clone, Debug)]
 pub struct RotaryEmbedding {
+    /// Multiplies positions.
+    position_scale: f32,
     short: Frequencies,
     long: Option<Frequencies>,
 }
@@ -280,14 +282,22 @@ impl RotaryEmbedding {
         };
         match long {
             None => Self {
+                position_scale: 1.0,
                 short: frequencies(None, 1.0),
                 long: None,
             },
             Some(long) => Self {
+                position_scale: 1.0,
                 short: frequencies(Some(&long.short_factor), long.short_mscale),
                 long: Some(frequencies(Some(&long.long_factor), long.long_mscale)),
             },
         }
+    }
+
+    /// The same frequencies for positions multiplied by `scale`.
+    pub fn with_position_scale(mut self, scale: f64) -> Self {
+        self.position_scale = scale as f32;
+        self
     }
 
     /// Tables for rows at `positions`, each with the regime of its sequence.
@@ -306,8 +316,9 @@ impl RotaryEmbedding {
                 Regime::Long => self.long.as_ref().unwrap_or(&self.short),
                 Regime::Short => &self.short,
             };
+            let position = position as f32 * self.position_scale;
             for frequency in inv_freq {
-                let (s, c) = (position as f32 * frequency).sin_cos();
+                let (s, c) = (position * frequency).sin_cos();
                 cos.push(c * mscale);
                 sin.push(s * mscale);
             }

@@ -16,11 +16,13 @@ pub enum ModelConfig {
     Phi3(phi_3_mini::Config),
     /// `phimoe`: Phi-3.5-MoE.
     PhiMoe(phi_3_5_moe::Config),
+    /// `phi3small`: Phi-3-small.
+    Phi3Small(phi_3_small::Config),
 }
 
 impl ModelConfig {
     /// Every `model_type` that can be built.
-    pub const MODEL_TYPES: [&'static str; 2] = ["phi3", "phimoe"];
+    pub const MODEL_TYPES: [&'static str; 3] = ["phi3", "phi3small", "phimoe"];
 
     /// Reads config.json and chooses the model.
     ///
@@ -31,6 +33,7 @@ impl ModelConfig {
         match config.get("model_type").and_then(Value::as_str) {
             Some("phi3") => Ok(Self::Phi3(phi_3_mini::Config::from_json(config)?)),
             Some("phimoe") => Ok(Self::PhiMoe(phi_3_5_moe::Config::from_json(config)?)),
+            Some("phi3small") => Ok(Self::Phi3Small(phi_3_small::Config::from_json(config)?)),
             other => Err(Error::ModelType {
                 found: other.unwrap_or("(none)").to_owned(),
                 supported: Self::MODEL_TYPES.join(", "),
@@ -46,6 +49,7 @@ impl ModelConfig {
         match self {
             Self::Phi3(config) => Ok(Arc::new(phi_3_mini::Model::new(config, weights)?)),
             Self::PhiMoe(config) => Ok(Arc::new(phi_3_5_moe::Model::new(config, weights)?)),
+            Self::Phi3Small(config) => Ok(Arc::new(phi_3_small::Model::new(config, weights)?)),
         }
     }
 
@@ -54,6 +58,7 @@ impl ModelConfig {
         match self {
             Self::Phi3(config) => config.info(),
             Self::PhiMoe(config) => config.info(),
+            Self::Phi3Small(config) => config.info(),
         }
     }
 
@@ -62,6 +67,7 @@ impl ModelConfig {
         match self {
             Self::Phi3(config) => config.cache_spec(store),
             Self::PhiMoe(config) => config.cache_spec(store),
+            Self::Phi3Small(config) => config.cache_spec(store),
         }
     }
 
@@ -70,6 +76,7 @@ impl ModelConfig {
         match self {
             Self::Phi3(config) => &config.rope,
             Self::PhiMoe(config) => &config.rope,
+            Self::Phi3Small(config) => &config.rope,
         }
     }
 
@@ -78,6 +85,7 @@ impl ModelConfig {
         match self {
             Self::Phi3(config) => config.num_attention_heads,
             Self::PhiMoe(config) => config.num_attention_heads,
+            Self::Phi3Small(config) => config.num_attention_heads,
         }
     }
 
