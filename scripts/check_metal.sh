@@ -14,7 +14,10 @@ target=aarch64-apple-darwin
 have rustup || die "rustup is missing, which brings the standard library of $target"
 rustup target add "$target"
 
+packages=(-p phi3-nn)
+for model in models/*/; do packages+=(-p "$(basename "$model")"); done
+
 # Optimizing macros and build scripts, as the tests need it of dependencies, would only cost.
-RUSTFLAGS="-D warnings" cargo check -p phi3-nn -p phi-3-mini --features metal --target "$target" \
+RUSTFLAGS="-D warnings" cargo check "${packages[@]}" --features metal --target "$target" \
   --target-dir "${CARGO_TARGET_DIR:-target}/check-metal" \
   --config 'profile.dev.package."*".opt-level=0' "$@"
