@@ -149,7 +149,7 @@ impl Report {
             size,
             quantization,
             chat_template: checkpoint.chat_template.is_some(),
-            tokenizer: checkpoint.tokenizer.tokenizer_json.is_some(),
+            tokenizer: checkpoint.has_tokenizer(),
             details: match ModelConfig::from_json(&checkpoint.config) {
                 Ok(config) => {
                     Details::Known(Box::new(Known::new(&config, context, cache_type, size)))

@@ -153,6 +153,14 @@ pub enum Error {
         /// What is wrong with it.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A `.tiktoken` file is damaged, or not Phi-3-small's.
+    #[error("{origin}: the ranks of the tokenizer cannot be used: {detail}")]
+    Tiktoken {
+        /// The model's folder.
+        origin: String,
+        /// What is wrong.
+        detail: String,
+    },
     /// The chat template is not in a form that is known.
     #[error("{origin}: the chat template cannot be read: {detail}")]
     ChatTemplate {

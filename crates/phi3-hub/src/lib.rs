@@ -34,6 +34,7 @@ mod names;
 pub mod quantize;
 pub mod safetensors;
 mod source;
+mod tiktoken;
 
 pub use checkpoint::{
     ChatTemplateSource, Checkpoint, TensorEntry, TokenizerFiles, open, open_folder,

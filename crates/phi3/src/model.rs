@@ -232,12 +232,12 @@ fn default_sampling(generation_config: Option<&Value>) -> SamplingParams {
 /// The tokenizer of a checkpoint, if it has one.
 ///
 /// # Errors
-/// [`Error::Text`] if its files are broken.
+/// [`Error::Hub`] or [`Error::Text`] if its files are broken.
 pub fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
     let files = &checkpoint.tokenizer;
-    match &files.tokenizer_json {
+    match checkpoint.tokenizer_json()? {
         Some(json) => Ok(Some(Tokenizer::from_json(
-            json,
+            &json,
             files.tokenizer_config.as_ref(),
         )?)),
         None => Ok(None),

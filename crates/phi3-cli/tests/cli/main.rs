@@ -8,6 +8,7 @@ mod goldens;
 mod hub;
 mod library;
 mod look;
+mod phi_3_small;
 mod support;
 #[cfg(target_os = "linux")]
 mod terminal;

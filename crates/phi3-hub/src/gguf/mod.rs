@@ -215,6 +215,11 @@ impl GgufFile {
     }
 }
 
+/// How cl100k splits text into words: a `pre_tokenizer` of `tokenizer.json`.
+pub(crate) fn cl100k_pre_tokenizer() -> Json {
+    pre_tokenizer::PreTokenizer::Dbrx.to_json()
+}
+
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -32,13 +32,13 @@ const BYTE: i32 = 6;
 /// # Errors
 /// What a GGUF file cannot express.
 pub(crate) fn tokenizer(checkpoint: &Checkpoint) -> Result<Values, String> {
-    let Some(file) = &checkpoint.tokenizer.tokenizer_json else {
-        if checkpoint.tokenizer.tiktoken.is_some() {
-            return Err("it is a tiktoken file, without a tokenizer.json".to_owned());
-        }
+    let file = checkpoint
+        .tokenizer_json()
+        .map_err(|error| error.to_string())?;
+    let Some(file) = file else {
         return Ok(vec![("tokenizer.ggml.model".to_owned(), "no_vocab".into())]);
     };
-    let json: Json = parse_json(std::path::Path::new("tokenizer.json"), file)
+    let json: Json = parse_json(std::path::Path::new("tokenizer.json"), &file)
         .map_err(|error| error.to_string())?;
     let source = Source {
         json: &json,
