@@ -6,9 +6,9 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use phi_3_small::{Config, Model};
-use phi3_nn::{BlockSparseLayout, CausalLm};
+use phi3_nn::{AttentionPattern, BlockSparseLayout, CacheType, CausalLm, Input, Observer, Span};
 use phi3_tests::golden::Kit;
-use phi3_tests::parity::{F32_TOLERANCE, assert_close, step};
+use phi3_tests::parity::{F32_TOLERANCE, assert_close, decode, step};
 use phi3_tests::runner::{check_contract, check_kit, packed_step};
 use phi3_tests::{fixtures, kit};
 use safetensors::SafeTensors;
@@ -224,4 +224,188 @@ fn long_prompts_in_chunks_use_the_long_factors() -> Result<()> {
     )?;
     assert_close("packed long", &packed[1], &alone, vocab, F32_TOLERANCE)?;
     Ok(())
+}
+
+/// What `phi3 inspect` shows is what a sequence holds, after every chunk and every token.
+#[test]
+fn a_cache_is_as_large_as_stated() -> Result<()> {
+    for name in FIXTURES {
+        let kit = Kit::load(&fixtures().join(name))?;
+        for cache_type in CacheType::ALL {
+            let weights = kit.weights(&Device::Cpu)?.with_cache_type(cache_type);
+            let model = Model::new(&Config::from_json(&kit.config)?, weights)?;
+            let ids = some_ids(&model, 1, 500);
+            let mut cache = model.new_cache();
+            let (prompt, decoded) = ids.split_at(400);
+            for chunk in prompt.chunks(37).chain(decoded.chunks(1)) {
+                step(&model, &mut cache, chunk)?;
+                let (held, stated) = (
+                    cache.size_in_bytes(),
+                    model.cache_spec().bytes_at(cache.len()),
+                );
+                ensure!(
+                    held == stated,
+                    "{name}, {}: {held}, not {stated}",
+                    cache.len()
+                );
+            }
+            // The dense layer grows, the sparse ones by what is seen from far.
+            let mut dense = model.cache_spec().clone();
+            dense.patterns.fill(AttentionPattern::Causal);
+            ensure!(cache.size_in_bytes() < dense.bytes_at(500), "{name}");
+        }
+    }
+    Ok(())
+}
+
+/// Ends a forward call while it runs.
+struct FailAt(&'static str);
+
+impl Observer for FailAt {
+    fn wants(&self, name: &str) -> bool {
+        name == self.0
+    }
+
+    fn observe(&mut self, name: &str, _: &candle_core::Tensor) -> phi3_nn::Result<()> {
+        Err(phi3_nn::Error::Batch(format!("{name} is far enough")))
+    }
+}
+
+/// A call that ends half way has freed what its own tokens do not reach; the sequence goes on from
+/// where it was.
+#[test]
+fn a_call_that_fails_half_way_changes_nothing() -> Result<()> {
+    for name in FIXTURES {
+        let (_, model) = load(&fixtures().join(name), false)?;
+        let vocab = model.info().vocab_size;
+        let ids = some_ids(&model, 5, 300);
+        let mut cache = model.new_cache();
+        let expected = step(&model, &mut cache, &ids[..201])?;
+        let mut cache = model.new_cache();
+        step(&model, &mut cache, &ids[..200])?;
+        for (last, layer) in [(300, "hidden_layer0"), (230, "hidden_layer1")] {
+            let span = Span::new(last - 200, &mut cache);
+            let input = Input::Ids(&ids[200..last]);
+            let error = model.forward(input, &mut [span], Some(&mut FailAt(layer)));
+            ensure!(error.is_err_and(|error| error.to_string().contains(layer)));
+            ensure!(cache.len() == 200);
+            let found = step(&model, &mut cache.clone(), &ids[200..201])?;
+            let what = format!("{name}, after {layer}");
+            assert_close(
+                &what,
+                &found,
+                &expected[200 * vocab..],
+                vocab,
+                F32_TOLERANCE,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// The 128k fixture with a stride at which the heads of a group do not see every block together.
+fn sparser_128k() -> Result<(Kit, Config)> {
+    let mut kit = Kit::load(&fixtures().join("phi3-small-128k"))?;
+    kit.config["max_position_embeddings"] = serde_json::json!(131_072);
+    kit.config["blocksparse_vert_stride"] = serde_json::json!(16);
+    let config = Config::from_json(&kit.config)?;
+    Ok((kit, config))
+}
+
+/// A sequence that passed the LongRoPE limit token by token has keys of both rotations. What was
+/// freed of it comes back, after a truncation, as it was.
+#[test]
+fn truncation_across_the_limit_restores_both_rotations() -> Result<()> {
+    let (kit, config) = sparser_128k()?;
+    let model = Model::new(&config, kit.weights(&Device::Cpu)?)?;
+    let vocab = model.info().vocab_size;
+    let ids = some_ids(&model, 9, 160);
+    let mut cache = model.new_cache();
+    step(&model, &mut cache, &ids[..30])?;
+    let steps = decode(&model, &mut cache, &ids[30..])?;
+    for keep in [150, 100, 60, 50, 49] {
+        let mut shorter = cache.clone();
+        shorter.truncate(keep)?;
+        let found = decode(&model, &mut shorter, &ids[keep..keep + 3])?;
+        let expected = &steps[(keep - 30) * vocab..][..3 * vocab];
+        let what = format!("after truncation to {keep}");
+        assert_close(&what, &found, expected, vocab, F32_TOLERANCE)?;
+        ensure!(shorter.size_in_bytes() == model.cache_spec().bytes_at(keep + 3));
+    }
+    Ok(())
+}
+
+/// The model generates 2,000 tokens past the end of its local window: its cache stays as stated,
+/// and its logits equal those of a mask over all keys at 20 places.
+fn check_long_generation(prompt_len: usize, recomputes: bool) -> Result<()> {
+    const TOKENS: usize = 2000;
+    let (kit, config) = sparser_128k()?;
+    let model = Model::new(&config, kit.weights(&Device::Cpu)?)?;
+    let weights = kit.weights(&Device::Cpu)?.with_candle_operations();
+    let dense = Model::new(&config, weights)?;
+    let vocab = model.info().vocab_size;
+    let window = config.layout.num_local_blocks() * config.layout.block_size();
+
+    let mut ids = some_ids(&model, 4, prompt_len);
+    let len = prompt_len.max(window) + TOKENS;
+    let mut cache = model.new_cache();
+    let mut rows = Vec::new();
+    let mut new = 0..ids.len();
+    while ids.len() < len {
+        let logits = step(&model, &mut cache, &ids[new.clone()])?;
+        let row = logits[logits.len() - vocab..].to_vec();
+        let held = cache.size_in_bytes();
+        ensure!(
+            held == model.cache_spec().bytes_at(cache.len()),
+            "{held} bytes"
+        );
+        // Greedy text of random weights runs in circles; a choice among the best does not.
+        let mut order: Vec<u32> = (0..vocab as u32).collect();
+        order.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
+        ids.push(order[ids.len() * 7 % 5]);
+        new = ids.len() - 1..ids.len();
+        rows.push(row);
+    }
+    let sampled: Vec<_> = (0..20).map(|i| (rows.len() - 1) * i / 19).collect();
+    if recomputes {
+        // From scratch, without a cache, up to the sampled token.
+        for &row in sampled.iter().rev().step_by(5) {
+            let fresh = step(&dense, &mut dense.new_cache(), &ids[..prompt_len + row])?;
+            let last = &fresh[fresh.len() - vocab..];
+            assert_close(
+                &format!("row {row}"),
+                &rows[row],
+                last,
+                vocab,
+                F32_TOLERANCE,
+            )?;
+        }
+    }
+    let mut cache = dense.new_cache();
+    let mut step_of = 0..prompt_len;
+    for (row, found) in rows.iter().enumerate() {
+        let expected = step(&dense, &mut cache, &ids[step_of.clone()])?;
+        step_of = step_of.end..step_of.end + 1;
+        if sampled.contains(&row) {
+            let expected = &expected[expected.len() - vocab..];
+            assert_close(&format!("row {row}"), found, expected, vocab, F32_TOLERANCE)?;
+        }
+    }
+    // Dense it would hold every key of both layers.
+    let mut all = model.cache_spec().clone();
+    all.patterns.fill(AttentionPattern::Causal);
+    let (sparse, all) = (model.cache_spec().bytes_at(len), all.bytes_at(len));
+    eprintln!("{len} tokens: {sparse} bytes, {all} if both layers were dense");
+    ensure!(sparse * 100 < all * 65);
+    Ok(())
+}
+
+#[test]
+fn a_long_generation_equals_the_dense_oracle() -> Result<()> {
+    check_long_generation(30, false)
+}
+
+#[test]
+fn a_long_generation_from_a_long_prompt_equals_a_recompute() -> Result<()> {
+    check_long_generation(100, true)
 }

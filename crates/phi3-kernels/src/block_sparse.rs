@@ -32,6 +32,7 @@ use std::ops::Range;
 /// The block-sparse pattern of all heads of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockSparseLayout {
+    num_heads: usize,
     block_size: usize,
     num_local_blocks: usize,
     vert_stride: usize,
@@ -58,11 +59,17 @@ impl BlockSparseLayout {
             vert_stride.checked_div(num_heads)?.max(1)
         };
         (!numbers.contains(&0)).then_some(Self {
+            num_heads,
             block_size,
             num_local_blocks,
             vert_stride,
             head_step,
         })
+    }
+
+    /// Query heads.
+    pub fn num_heads(&self) -> usize {
+        self.num_heads
     }
 
     /// Positions of a block.
@@ -110,7 +117,9 @@ impl BlockSparseLayout {
 
     /// The blocks from which on `q_block` sees everything that is not after it.
     pub fn first_local(&self, q_block: usize) -> usize {
-        (q_block + 1).saturating_sub(self.num_local_blocks)
+        q_block
+            .saturating_add(1)
+            .saturating_sub(self.num_local_blocks)
     }
 
     /// Whether a query in `q_block` or after it, of any of `heads`, sees `k_block`: a cache that

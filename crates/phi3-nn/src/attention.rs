@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::layer_cache::LayerCache;
 use crate::packed::{Packed, Sequence};
-use crate::sparse_attention::{SparseQueries, attend_block_sparse};
+use crate::sparse_attention::attend_block_sparse;
 
 /// Which keys a query sees. A query at position i always sees itself and never what comes after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +134,9 @@ fn attend_with_kernels(
     params: AttentionParams,
     sequences: &mut [Sequence<'_>],
 ) -> Result<Tensor> {
+    if let AttentionPattern::BlockSparse(layout) = params.pattern {
+        return attend_block_sparse(queries, keys, values, params, layout, sequences);
+    }
     let (rows, num_heads, head_dim) = queries.dims3()?;
     let (_, num_kv_heads, _) = keys.dims3()?;
     let kv_width = num_kv_heads * head_dim;
@@ -163,19 +166,6 @@ fn attend_with_kernels(
             let (out, after) = std::mem::take(&mut rest).split_at_mut(len * width);
             rest = after;
             let q = &q[sequence.rows.start * width..sequence.rows.end * width];
-            if let AttentionPattern::BlockSparse(layout) = params.pattern {
-                let mut queries = SparseQueries {
-                    q,
-                    out,
-                    start: sequence.start,
-                    num_heads,
-                    num_kv_heads,
-                    head_dim,
-                    scale: params.scale,
-                };
-                attend_block_sparse(&mut queries, view, layout);
-                continue;
-            }
             jobs.push(AttentionJob {
                 q,
                 out,

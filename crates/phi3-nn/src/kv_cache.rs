@@ -1,10 +1,11 @@
 //! Keys and values of one sequence.
 //!
 //! Per layer the cache holds keys and values head-major, keys already rotated: in pages that clones
-//! share (`kv_pages`), or as tensors `[k, s, d]` for candle. It also keeps the inputs of the sequence where the model may have to
-//! compute its history again: when the sequence passes the LongRoPE limit (deeper layers change
-//! with the factors, so the keys of every layer do), when it is truncated back below it, or when a
-//! truncation reaches behind what a sliding window has kept.
+//! share (`kv_pages`), or as tensors `[k, s, d]` for candle. It also keeps the inputs of the
+//! sequence where the model may have to compute its history again: when the sequence passes the
+//! LongRoPE limit (deeper layers change with the factors, so the keys of every layer do), when it
+//! is truncated back below it, or when a truncation, or a call that failed half way, needs keys
+//! that a sliding window or a block-sparse layer has freed.
 
 use candle_core::Tensor;
 
@@ -51,44 +52,48 @@ impl CacheSpec {
     /// or at most those of its tensors; the largest `usize` where a configuration without weights
     /// to it asks for more.
     pub fn bytes_at(&self, len: usize) -> usize {
-        let positions = |pattern: &AttentionPattern| match self.store {
-            CacheStore::Pages(_) => {
-                PageShape::of(*pattern, self.num_key_value_heads).positions_held(*pattern, len)
+        let heads = self.num_key_value_heads;
+        let rows = |pattern: &AttentionPattern| match self.store {
+            CacheStore::Pages(_) => PageShape::of(*pattern, heads).rows_held(*pattern, heads, len),
+            CacheStore::Tensors(_) => {
+                let window = pattern.window();
+                let kept = window.map(|window| (window - 1).saturating_add(window_slack(window)));
+                len.min(kept.unwrap_or(len)).saturating_mul(heads)
             }
-            CacheStore::Tensors(_) => match pattern.window() {
-                Some(window) => len.min((window - 1).saturating_add(window_slack(window))),
-                None => len,
-            },
         };
-        self.bytes_of(self.patterns.iter().map(positions))
+        self.bytes_of(self.patterns.iter().map(rows))
     }
 
     /// Bytes of keys and values that the next token reads of a sequence of `len` tokens.
     pub fn bytes_read_at(&self, len: usize) -> usize {
-        let positions = |pattern: &AttentionPattern| len - pattern.first_reachable(len);
-        self.bytes_of(self.patterns.iter().map(positions))
+        let heads = self.num_key_value_heads;
+        let rows = |pattern: &AttentionPattern| match pattern {
+            AttentionPattern::BlockSparse(layout) => {
+                // What can still be reached is what the heads see together.
+                let held = PageShape::of(*pattern, heads).rows_held(*pattern, heads, len);
+                let blocks = len.div_ceil(layout.block_size());
+                let free = blocks.saturating_mul(layout.block_size()) - len;
+                held.saturating_sub(free.saturating_mul(heads))
+            }
+            _ => (len - pattern.first_reachable(len)).saturating_mul(heads),
+        };
+        self.bytes_of(self.patterns.iter().map(rows))
     }
 
-    fn bytes_of(&self, positions: impl Iterator<Item = usize>) -> usize {
+    /// Bytes of so many keys of one head, and as many values.
+    fn bytes_of(&self, rows: impl Iterator<Item = usize>) -> usize {
         let row_bytes = match self.store {
             CacheStore::Pages(cache_type) => cache_type.row_bytes(self.head_dim),
             CacheStore::Tensors(dtype) => self.head_dim.saturating_mul(dtype.size_in_bytes()),
         };
-        let per_position = [2, self.num_key_value_heads]
-            .into_iter()
-            .fold(row_bytes, usize::saturating_mul);
-        positions
-            .fold(0, usize::saturating_add)
-            .saturating_mul(per_position)
+        rows.fold(0, usize::saturating_add)
+            .saturating_mul(row_bytes.saturating_mul(2))
     }
 
     /// How many of a sequence's first inputs the cache must keep to be able to rebuild itself.
     fn inputs_kept(&self) -> usize {
-        if self
-            .patterns
-            .iter()
-            .any(|pattern| pattern.window().is_some())
-        {
+        let frees = |pattern: &AttentionPattern| *pattern != AttentionPattern::Causal;
+        if self.patterns.iter().any(frees) {
             usize::MAX
         } else {
             self.rope_limit.unwrap_or(0)
@@ -142,6 +147,8 @@ pub struct KvCache {
     built: usize,
     reaches: usize,
     regime: Regime,
+    /// First positions of runs of tokens computed with the same factors.
+    runs: Vec<(usize, Regime)>,
     recompute: Recompute,
 }
 
@@ -163,6 +170,7 @@ impl KvCache {
             built: 0,
             reaches: 0,
             regime: Regime::Short,
+            runs: Vec::new(),
             recompute,
         }
     }
@@ -202,8 +210,8 @@ impl KvCache {
     /// Forgets everything behind the first `len` tokens; a longer `len` changes nothing.
     ///
     /// Where the remaining keys cannot be used as they are (computed with long factors although
-    /// the sequence is short again, or already dropped by a sliding window), the next forward call
-    /// computes the history again.
+    /// the sequence is short again, or already freed by a sliding window or a block-sparse layer),
+    /// the next forward call computes the history again.
     ///
     /// # Errors
     /// [`Error::Candle`] if a device tensor cannot be narrowed.
@@ -214,12 +222,8 @@ impl KvCache {
         self.len = len;
         self.reaches = len;
         self.truncate_inputs(len)?;
-        let window_gone = self
-            .layers
-            .iter()
-            .zip(&self.spec.patterns)
-            .any(|(layer, pattern)| layer.first() > pattern.first_reachable(len));
-        if window_gone || self.built < len {
+        self.runs.retain(|(start, _)| *start < len);
+        if self.lacks_keys() || self.built < len {
             self.clear_keys();
             return Ok(());
         }
@@ -228,6 +232,23 @@ impl KvCache {
             layer.truncate(len);
         }
         Ok(())
+    }
+
+    /// Whether the next token reaches keys that were freed.
+    fn lacks_keys(&self) -> bool {
+        let mut layers = self.layers.iter().zip(&self.spec.patterns);
+        layers.any(|(layer, pattern)| layer.lacks(*pattern, self.len))
+    }
+
+    /// LongRoPE factors with which the history's token at `position` is computed again under
+    /// `plan`.
+    pub(crate) fn regime_of(&self, position: usize, plan: &SpanPlan) -> Regime {
+        if self.recompute == Recompute::Always {
+            return plan.regime;
+        }
+        let run = self.runs.partition_point(|(start, _)| *start <= position);
+        let run = run.checked_sub(1).and_then(|run| self.runs.get(run));
+        run.map_or(plan.regime, |(_, regime)| *regime)
     }
 
     /// Decides how a span of `new` tokens runs: its regime, and whether history runs with it.
@@ -248,6 +269,7 @@ impl KvCache {
             _ => Regime::Short,
         };
         let stale = self.built < self.len
+            || self.lacks_keys()
             || (regime != self.regime && self.recompute == Recompute::Always && self.len > 0);
         Ok(SpanPlan {
             start: if stale { 0 } else { self.len },
@@ -308,6 +330,15 @@ impl KvCache {
 
     /// Ends a successful forward call that brought `input`.
     pub(crate) fn commit(&mut self, input: InputSegment, plan: &SpanPlan) -> Result<()> {
+        if plan.history > 0 && self.recompute == Recompute::Always {
+            self.runs = vec![(0, plan.regime)];
+        } else if self
+            .runs
+            .last()
+            .is_none_or(|(_, last)| *last != plan.regime)
+        {
+            self.runs.push((self.len, plan.regime));
+        }
         self.len += input.len();
         self.built = self.len;
         self.regime = plan.regime;

@@ -12,13 +12,13 @@
 //!
 //! What to free is the pattern's affair. A window drops whole rows of the table
 //! ([`PageTable::drop_before`]). A layer in which heads see different blocks takes pages of
-//! one head and one block ([`PageShape::of`]) and could empty single entries, which it does not yet;
-//! nothing else would have to change, since [`PageTable::size_in_bytes`] counts the entries and [`PageTable::append`] asks only for
-//! the positions that it writes.
+//! one head and one block ([`PageShape::of`]) and empties single entries
+//! ([`PageTable::drop_unreachable`]). Whether what a sequence needs is still there, as after a
+//! truncation, is asked of the entries themselves ([`PageTable::lacks`]).
 
 use std::sync::Arc;
 
-use phi3_kernels::{KvPage, KvPages};
+use phi3_kernels::{BlockSparseLayout, KvPage, KvPages};
 
 use crate::attention::AttentionPattern;
 use crate::cache_type::CacheType;
@@ -53,11 +53,59 @@ impl PageShape {
         }
     }
 
-    /// Positions for which a layer holds pages once a sequence has `len` tokens.
-    pub(crate) fn positions_held(self, pattern: AttentionPattern, len: usize) -> usize {
-        let first = pattern.first_reachable(len) / self.len;
-        (len.div_ceil(self.len) - first).saturating_mul(self.len)
+    /// Rows of keys, one for each position and head, for which a layer holds pages once a sequence
+    /// has `len` tokens.
+    pub(crate) fn rows_held(
+        self,
+        pattern: AttentionPattern,
+        num_kv_heads: usize,
+        len: usize,
+    ) -> usize {
+        let pages = match pattern {
+            AttentionPattern::Causal | AttentionPattern::SlidingWindow(_) => {
+                let first = pattern.first_reachable(len) / self.len;
+                (len.div_ceil(self.len) - first).saturating_mul(num_kv_heads / self.heads)
+            }
+            AttentionPattern::BlockSparse(layout) => {
+                let first_local = layout.first_local(len / self.len);
+                let near = len.div_ceil(self.len).saturating_sub(first_local);
+                near.saturating_mul(num_kv_heads).saturating_add(far_pages(
+                    layout,
+                    num_kv_heads,
+                    first_local,
+                ))
+            }
+        };
+        pages.saturating_mul(self.len).saturating_mul(self.heads)
     }
+}
+
+/// Heads up to which [`far_pages`] counts: no model has more, and a damaged configuration may name
+/// any number.
+const MAX_HEADS: usize = 1 << 16;
+
+/// Pages that stay of the first `end` blocks, out of which no query is near: those of the blocks
+/// that some query head of the page's key/value head sees from however far.
+fn far_pages(layout: BlockSparseLayout, num_kv_heads: usize, end: usize) -> usize {
+    if layout.num_heads() > MAX_HEADS {
+        return end.saturating_mul(num_kv_heads);
+    }
+    let pages = (0..num_kv_heads).map(|kv_head| {
+        let mut first: Vec<_> = group(layout, num_kv_heads, kv_head)
+            .map(|head| layout.first_vertical(head))
+            .collect();
+        first.sort_unstable();
+        first.dedup();
+        let of_stride = |first: usize| end.saturating_sub(first).div_ceil(layout.vert_stride());
+        first.into_iter().map(of_stride).sum::<usize>()
+    });
+    pages.fold(0, usize::saturating_add)
+}
+
+/// The query heads that read a key/value head.
+fn group(layout: BlockSparseLayout, num_kv_heads: usize, kv_head: usize) -> std::ops::Range<usize> {
+    let len = layout.num_heads() / num_kv_heads;
+    kv_head * len..(kv_head + 1) * len
 }
 
 /// The pages of one layer of one sequence.
@@ -111,11 +159,19 @@ impl LayerPages {
         }
     }
 
-    /// See [`PageTable::drop_before`].
-    pub(crate) fn drop_before(&mut self, first: usize) {
+    /// Frees what no query of the layer reaches any more now that the sequence has `len` tokens.
+    pub(crate) fn drop_unreachable(&mut self, pattern: AttentionPattern, len: usize) {
         match self {
-            Self::F32(table) => table.drop_before(first),
-            Self::F16(table) => table.drop_before(first),
+            Self::F32(table) => table.drop_unreachable(pattern, len),
+            Self::F16(table) => table.drop_unreachable(pattern, len),
+        }
+    }
+
+    /// See [`PageTable::lacks`].
+    pub(crate) fn lacks(&self, pattern: AttentionPattern, len: usize) -> bool {
+        match self {
+            Self::F32(table) => table.lacks(pattern, len),
+            Self::F16(table) => table.lacks(pattern, len),
         }
     }
 
@@ -124,14 +180,6 @@ impl LayerPages {
         match self {
             Self::F32(table) => table.truncate(len),
             Self::F16(table) => table.truncate(len),
-        }
-    }
-
-    /// Position of the first key kept.
-    pub(crate) fn first(&self) -> usize {
-        match self {
-            Self::F32(table) => table.first,
-            Self::F16(table) => table.first,
         }
     }
 
@@ -212,6 +260,8 @@ pub(crate) struct PageTable<T> {
     pages: Vec<Option<Arc<Page<T>>>>,
     /// Position before which nothing is kept.
     first: usize,
+    /// Blocks before which none is left that could be freed.
+    swept: usize,
     /// Positions written: those before `first` too.
     len: usize,
 }
@@ -224,6 +274,7 @@ impl<T: Element> PageTable<T> {
             head_dim: spec.head_dim,
             pages: Vec::new(),
             first: 0,
+            swept: 0,
             len: 0,
         }
     }
@@ -279,6 +330,45 @@ impl<T: Element> PageTable<T> {
         Ok(Arc::make_mut(slot.insert(page)))
     }
 
+    fn drop_unreachable(&mut self, pattern: AttentionPattern, len: usize) {
+        match pattern {
+            AttentionPattern::Causal | AttentionPattern::SlidingWindow(_) => {
+                self.drop_before(pattern.first_reachable(len));
+            }
+            AttentionPattern::BlockSparse(layout) => {
+                let end = layout.first_local(len / self.shape.len);
+                for block in self.swept..end {
+                    for kv_head in 0..self.num_kv_heads {
+                        let mut heads = group(layout, self.num_kv_heads, kv_head);
+                        if !heads.any(|head| layout.is_vertical(head, block))
+                            && let Some(page) =
+                                self.pages.get_mut(block * self.num_kv_heads + kv_head)
+                        {
+                            *page = None;
+                        }
+                    }
+                }
+                self.swept = self.swept.max(end);
+            }
+        }
+    }
+
+    /// Whether a query at `len`, or one behind it, reaches a key before it that is no longer there.
+    fn lacks(&self, pattern: AttentionPattern, len: usize) -> bool {
+        match pattern {
+            AttentionPattern::Causal | AttentionPattern::SlidingWindow(_) => {
+                self.first > pattern.first_reachable(len)
+            }
+            // Blocks that are seen from far are never freed.
+            AttentionPattern::BlockSparse(layout) => {
+                let near = layout.first_local(len / self.shape.len)..len.div_ceil(self.shape.len);
+                let entries = near.start * self.num_kv_heads..near.end * self.num_kv_heads;
+                let near = self.pages.get(entries);
+                near.is_none_or(|pages| pages.iter().any(Option::is_none))
+            }
+        }
+    }
+
     /// Frees the pages that lie wholly before position `first`.
     fn drop_before(&mut self, first: usize) {
         let per_row = self.num_kv_heads / self.shape.heads;
@@ -293,6 +383,7 @@ impl<T: Element> PageTable<T> {
     fn truncate(&mut self, len: usize) {
         let per_row = self.num_kv_heads / self.shape.heads;
         self.pages.truncate(len.div_ceil(self.shape.len) * per_row);
+        self.swept = self.swept.min(len / self.shape.len);
         self.len = self.len.min(len);
     }
 
@@ -362,125 +453,4 @@ fn zeros<T: Element>(len: usize) -> Result<Vec<T>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cache_type::CacheStore;
-    use crate::kv_cache::Recompute;
-
-    const HEADS: usize = 2;
-    const D: usize = 3;
-
-    fn layer(pattern: AttentionPattern) -> LayerPages {
-        let spec = CacheSpec {
-            patterns: vec![pattern],
-            num_key_value_heads: HEADS,
-            head_dim: D,
-            rope_limit: None,
-            recompute: Recompute::Always,
-            max_len: usize::MAX,
-            store: CacheStore::Pages(CacheType::F32),
-        };
-        LayerPages::new(&spec, pattern, CacheType::F32)
-    }
-
-    /// Rows that tell position, head and column.
-    fn rows(positions: std::ops::Range<usize>, sign: f32) -> Vec<f32> {
-        let row = |position| (0..HEADS * D).map(move |i| sign * (position * 10 + i) as f32);
-        positions.flat_map(row).collect()
-    }
-
-    fn append(layer: &mut LayerPages, positions: std::ops::Range<usize>) -> Result<()> {
-        let (keys, values) = (rows(positions.clone(), 1.0), rows(positions.clone(), -1.0));
-        layer.append(positions.start, &keys, &values)
-    }
-
-    fn key(layer: &LayerPages, position: usize, head: usize) -> Option<Vec<f32>> {
-        let PageViews::F32(pages) = layer.view() else {
-            return None;
-        };
-        let page = pages.get(position / PAGE_LEN)?;
-        let start = (head * PAGE_LEN + position % PAGE_LEN) * D;
-        let (key, value) = (
-            page.keys.get(start..start + D)?,
-            page.values.get(start..start + D)?,
-        );
-        assert!(key.iter().zip(value).all(|(key, value)| *key == -value));
-        Some(key.to_vec())
-    }
-
-    #[test]
-    fn rows_lie_head_major_in_pages() -> Result<()> {
-        let mut layer = layer(AttentionPattern::Causal);
-        for range in [0..1, 1..300, 300..301, 301..1000] {
-            append(&mut layer, range)?;
-        }
-        for position in 0..1000 {
-            for head in 0..HEADS {
-                let expected = &rows(position..position + 1, 1.0)[head * D..][..D];
-                assert_eq!(key(&layer, position, head).as_deref(), Some(expected));
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn clones_share_pages_until_they_write() -> Result<()> {
-        let mut one = layer(AttentionPattern::Causal);
-        append(&mut one, 0..300)?;
-        let mut two = one.clone();
-        let same = |a: &LayerPages, b: &LayerPages, page: usize| {
-            let (PageViews::F32(a), PageViews::F32(b)) = (a.view(), b.view()) else {
-                return false;
-            };
-            std::ptr::eq(a[page].keys, b[page].keys)
-        };
-        assert!(same(&one, &two, 0) && same(&one, &two, 1));
-        assert!(!same(&one, &one.unshared(), 0));
-        two.append(299, &[7.0; HEADS * D], &[-7.0; HEADS * D])?;
-        assert!(same(&one, &two, 0) && !same(&one, &two, 1));
-        assert_eq!(key(&two, 299, 1), Some(vec![7.0; D]));
-        assert_eq!(
-            key(&one, 299, 0).as_deref(),
-            Some(&rows(299..300, 1.0)[..D])
-        );
-        assert_eq!(key(&two, 298, 0), key(&one, 298, 0));
-        Ok(())
-    }
-
-    #[test]
-    fn a_window_frees_whole_pages_and_keeps_what_it_reaches() -> Result<()> {
-        let pattern = AttentionPattern::SlidingWindow(100);
-        let mut layer = layer(pattern);
-        for position in 0..1000 {
-            append(&mut layer, position..position + 1)?;
-            let len = position + 1;
-            let first = pattern.first_reachable(len);
-            layer.drop_before(first);
-            let page_bytes = PAGE_LEN * HEADS * D * 2 * size_of::<f32>();
-            let held = PageShape::of(pattern, HEADS).positions_held(pattern, len);
-            assert_eq!(layer.size_in_bytes(), held / PAGE_LEN * page_bytes, "{len}");
-            assert!(layer.first() <= first && first < layer.first() + PAGE_LEN);
-            assert!((first..len).all(|position| key(&layer, position, 0).is_some()));
-        }
-        assert_eq!(key(&layer, 700, 0), None);
-        // What is gone cannot be written again, nor behind a gap.
-        assert!(append(&mut layer, 700..701).is_err());
-        assert!(append(&mut layer, 1001..1002).is_err());
-        Ok(())
-    }
-
-    #[test]
-    fn truncation_frees_pages() -> Result<()> {
-        let mut layer = layer(AttentionPattern::Causal);
-        append(&mut layer, 0..600)?;
-        let three = layer.size_in_bytes();
-        layer.truncate(512);
-        assert_eq!(layer.size_in_bytes() * 3, three * 2);
-        assert!(append(&mut layer, 513..514).is_err());
-        // Rows that a failed call left behind are overwritten, their pages freed.
-        append(&mut layer, 512..1500)?;
-        append(&mut layer, 10..11)?;
-        assert_eq!(layer.size_in_bytes() * 3, three);
-        Ok(())
-    }
-}
+mod tests;

@@ -42,11 +42,11 @@ impl LayerCache {
         }
     }
 
-    /// Position of the first key kept.
-    pub(crate) fn first(&self) -> usize {
+    /// Whether a query at `len`, or one behind it, reaches a key before it that was freed.
+    pub(crate) fn lacks(&self, pattern: AttentionPattern, len: usize) -> bool {
         match self {
-            Self::Pages(pages) => pages.first(),
-            Self::Tensors(tensors) => tensors.first,
+            Self::Pages(pages) => pages.lacks(pattern, len),
+            Self::Tensors(tensors) => tensors.first > pattern.first_reachable(len),
         }
     }
 
@@ -61,13 +61,13 @@ impl LayerCache {
 
     /// Frees what no query of the layer reaches any more now that the sequence has `len` tokens.
     pub(crate) fn drop_unreachable(&mut self, pattern: AttentionPattern, len: usize) -> Result<()> {
-        let first = pattern.first_reachable(len);
         match self {
             Self::Pages(pages) => {
-                pages.drop_before(first);
+                pages.drop_unreachable(pattern, len);
                 Ok(())
             }
             Self::Tensors(tensors) => {
+                let first = pattern.first_reachable(len);
                 let slack = pattern.window().map_or(0, window_slack);
                 tensors.drop_before(first, slack)
             }

@@ -129,9 +129,20 @@ impl<'a, 's> Packed<'a, 's> {
 
     /// Position and LongRoPE regime of every row that runs.
     pub fn positions(&self) -> impl Iterator<Item = (usize, Regime)> + '_ {
-        self.plans.iter().flat_map(|plan| {
-            let SpanPlan { start, regime, .. } = plan.span;
-            (0..plan.rows.len()).map(move |row| (start + row, regime))
+        self.spans.iter().zip(&self.plans).flat_map(|(span, plan)| {
+            let SpanPlan {
+                start,
+                history,
+                regime,
+                ..
+            } = plan.span;
+            (0..plan.rows.len()).map(move |row| {
+                let regime = match row < history {
+                    true => span.cache.regime_of(start + row, &plan.span),
+                    false => regime,
+                };
+                (start + row, regime)
+            })
         })
     }
 

@@ -3,41 +3,104 @@
 //! The pages of a block-sparse layer hold one block of one key/value head. The blocks that a block of
 //! queries sees, in order, are handed to the kernels as if they followed one another: the last one
 //! is the queries' own, all others lie before it, so that causal attention over this shorter
-//! sequence sees exactly what the layout shows. Work and memory grow with the visible blocks.
+//! sequence sees exactly what the layout shows. Heads of a key/value head that see the same blocks go
+//! together and read each of them once: all heads at the start of a sequence or where the pattern
+//! is the same for all, else those whose far blocks are the same. Work and memory grow with the
+//! visible blocks.
+//!
+//! A long span goes through in steps, and what no later query reaches is freed after each.
 
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
 use phi3_kernels::{AttentionJob, AttentionShape, BlockSparseLayout, KvPage, KvPages};
 
+use crate::attention::AttentionParams;
+use crate::error::Result;
+use crate::host;
 use crate::kv_pages::PageViews;
+use crate::packed::Sequence;
 
-/// Queries of one sequence of a packed batch, and where their results go: `[l, h, d]` each.
-pub(crate) struct SparseQueries<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) out: &'a mut [f32],
-    /// Position of the first query.
-    pub(crate) start: usize,
-    pub(crate) num_heads: usize,
-    pub(crate) num_kv_heads: usize,
-    pub(crate) head_dim: usize,
-    pub(crate) scale: f32,
+/// Positions of a step: enough tiles for any number of threads, and little memory beside the
+/// blocks that stay.
+const STEP: usize = 1024;
+
+/// [`crate::attention::attention`] of a block-sparse layer in the kernels.
+pub(crate) fn attend_block_sparse(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    params: AttentionParams,
+    layout: BlockSparseLayout,
+    sequences: &mut [Sequence<'_>],
+) -> Result<Tensor> {
+    let (rows, num_heads, head_dim) = queries.dims3()?;
+    let (_, num_kv_heads, _) = keys.dims3()?;
+    let (width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+    let step = layout.block_size() * (STEP / layout.block_size()).max(1);
+    let mut out = vec![0f32; rows * width];
+    let mut run = |q: &[f32], keys: &[f32], values: &[f32]| -> Result<()> {
+        for sequence in sequences.iter_mut() {
+            let pages = sequence.cache.pages_mut(params.layer_idx)?;
+            pages.check(num_kv_heads, head_dim)?;
+            let mut row = sequence.rows.start;
+            while row < sequence.rows.end {
+                let start = sequence.start + row - sequence.rows.start;
+                let len = (step - start % step).min(sequence.rows.end - row);
+                let (of_q, of_k) = (
+                    row * width..(row + len) * width,
+                    row * kv_width..(row + len) * kv_width,
+                );
+                pages.append(start, &keys[of_k.clone()], &values[of_k])?;
+                let mut queries = SparseQueries {
+                    q: &q[of_q.clone()],
+                    out: &mut out[of_q],
+                    start,
+                    num_heads,
+                    num_kv_heads,
+                    head_dim,
+                    scale: params.scale,
+                };
+                attend(&mut queries, &pages.view(), layout);
+                pages.drop_unreachable(params.pattern, start + len);
+                row += len;
+            }
+        }
+        Ok(())
+    };
+    host::with_f32(queries, |q| {
+        host::with_f32(keys, |keys| {
+            host::with_f32(values, |values| run(q, keys, values))
+        })
+    })????;
+    Ok(Tensor::from_vec(out, (rows, width), &Device::Cpu)?)
 }
 
-/// The queries of one block and one head.
+/// Queries that follow one another, and where their results go: `[l, h, d]` each.
+struct SparseQueries<'a> {
+    q: &'a [f32],
+    out: &'a mut [f32],
+    /// Position of the first query.
+    start: usize,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    scale: f32,
+}
+
+/// The queries of one block and of heads that see the same.
 struct Tile {
-    head: usize,
-    /// Rows among the sequence's queries.
-    rows: std::ops::Range<usize>,
+    heads: Range<usize>,
+    /// Rows among the queries.
+    rows: Range<usize>,
     /// Position of the first of them in its block.
     offset: usize,
     /// Entries of the page table, in order; the last holds the queries' own keys.
     entries: Vec<usize>,
 }
 
-/// Attention of all `queries` to the pages of a layer with this layout.
-pub(crate) fn attend_block_sparse(
-    queries: &mut SparseQueries<'_>,
-    view: &PageViews<'_>,
-    layout: BlockSparseLayout,
-) {
+/// Attention of `queries` to the pages of a layer.
+fn attend(queries: &mut SparseQueries<'_>, view: &PageViews<'_>, layout: BlockSparseLayout) {
     let tiles = tiles(queries, layout);
     match view {
         PageViews::F32(pages) => {
@@ -54,7 +117,7 @@ fn tiles(queries: &SparseQueries<'_>, layout: BlockSparseLayout) -> Vec<Tile> {
     let width = queries.num_heads * queries.head_dim;
     let len = queries.q.len() / width;
     let group = queries.num_heads / queries.num_kv_heads;
-    let mut tiles = Vec::new();
+    let mut tiles: Vec<Tile> = Vec::new();
     let mut row = 0;
     while row < len {
         let position = queries.start + row;
@@ -64,12 +127,18 @@ fn tiles(queries: &SparseQueries<'_>, layout: BlockSparseLayout) -> Vec<Tile> {
             let entry = |block: usize| block * queries.num_kv_heads + head / group;
             let first_local = layout.first_local(block);
             let far = (layout.first_vertical(head)..first_local).step_by(layout.vert_stride());
-            tiles.push(Tile {
-                head,
-                rows: rows.clone(),
-                offset,
-                entries: far.chain(first_local..=block).map(entry).collect(),
-            });
+            let entries: Vec<_> = far.chain(first_local..=block).map(entry).collect();
+            match tiles.last_mut() {
+                Some(tile) if tile.rows == rows && tile.entries == entries => {
+                    tile.heads.end = head + 1;
+                }
+                _ => tiles.push(Tile {
+                    heads: head..head + 1,
+                    rows: rows.clone(),
+                    offset,
+                    entries,
+                }),
+            }
         }
         row = rows.end;
     }
@@ -85,8 +154,8 @@ fn attend_tiles<'p, T: Copy + 'p>(
 ) {
     let (d, block_size) = (queries.head_dim, layout.block_size());
     let width = queries.num_heads * d;
-    let columns = |tile: &Tile| tile.head * d..(tile.head + 1) * d;
-    // A head's queries one after another, as a job takes them.
+    let columns = |tile: &Tile| tile.heads.start * d..tile.heads.end * d;
+    // The queries of a tile's heads alone, as a job takes them.
     let mut q = Vec::with_capacity(queries.q.len());
     for tile in tiles {
         for row in queries.q[tile.rows.start * width..tile.rows.end * width].chunks_exact(width) {
@@ -108,8 +177,8 @@ fn attend_tiles<'p, T: Copy + 'p>(
     let (mut q_rest, mut out_rest) = (q.as_slice(), out.as_mut_slice());
     let mut jobs = Vec::with_capacity(tiles.len());
     for (tile, visible) in tiles.iter().zip(&visible) {
-        let (q, q_after) = q_rest.split_at(tile.rows.len() * d);
-        let (out, out_after) = std::mem::take(&mut out_rest).split_at_mut(tile.rows.len() * d);
+        let (q, q_after) = q_rest.split_at(tile.rows.len() * tile.heads.len() * d);
+        let (out, out_after) = std::mem::take(&mut out_rest).split_at_mut(q.len());
         (q_rest, out_rest) = (q_after, out_after);
         let before = (visible.len() - 1) * block_size;
         jobs.push(AttentionJob {
@@ -119,7 +188,7 @@ fn attend_tiles<'p, T: Copy + 'p>(
             page_heads: 1,
             page_len: block_size,
             len: before + tile.offset + tile.rows.len(),
-            num_heads: 1,
+            num_heads: tile.heads.len(),
             num_kv_heads: 1,
             shape: AttentionShape {
                 head_dim: d,
@@ -135,7 +204,7 @@ fn attend_tiles<'p, T: Copy + 'p>(
     let mut rest = out.as_slice();
     for tile in tiles {
         for row in tile.rows.clone() {
-            let (found, after) = rest.split_at(d);
+            let (found, after) = rest.split_at(tile.heads.len() * d);
             queries.out[row * width..][columns(tile)].copy_from_slice(found);
             rest = after;
         }

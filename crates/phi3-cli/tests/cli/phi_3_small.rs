@@ -173,3 +173,20 @@ fn it_generates_and_ends() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn inspect_states_what_a_sparse_cache_holds() -> Result<()> {
+    let folder = arg(&fixture("phi3-small-8step"));
+    let stated = |context: &str| -> Result<u64> {
+        let report = stdout(["inspect", &folder, "--json", "--context", context])?;
+        let report: Value = serde_json::from_str(&report)?;
+        report["memory"]["kv_cache"].as_u64().context("kv_cache")
+    };
+    // Blocks of 8, of which the nearest 3 and every eighth stay, in two layers of three; 4 heads of
+    // 16 numbers of 2 bytes. At 1000 tokens blocks 0 to 122 are far: heads see 15, 15, 15 and 16.
+    let (row, near, far) = (16 * 2 * 2, 2 * 4, 15 + 15 + 15 + 16);
+    let dense = 1024 * 4 * row;
+    ensure!(stated("1000")? == dense + 2 * (near + far) * 8 * row);
+    ensure!(stated("18446744073709551615").is_ok());
+    Ok(())
+}
