@@ -5,7 +5,7 @@
 #
 #     scripts/check.sh             # all stages
 #     scripts/check.sh fmt tests   # only these; there are fmt lints cuda docs
-#                                # aarch64 model tests doctests
+#                                # aarch64 wasm model tests doctests
 #
 # Needs a Rust toolchain; installs rustfmt, clippy and a C compiler where they are missing. Tests run
 # under nextest where it is installed. Most of a first run is building candle with optimizations.
@@ -15,13 +15,13 @@ cd "$root"
 
 main() {
   if [ $# = 0 ]; then
-    set -- fmt lints cuda docs aarch64 model tests doctests
+    set -- fmt lints cuda docs aarch64 wasm model tests doctests
   fi
   local name
   for name in "$@"; do
     case $name in
-      fmt | lints | cuda | docs | aarch64 | model | tests | doctests) ;;
-      *) die "unknown stage $name; there are fmt, lints, cuda, docs, aarch64, model, tests, doctests" ;;
+      fmt | lints | cuda | docs | aarch64 | wasm | model | tests | doctests) ;;
+      *) die "unknown stage $name; there are fmt, lints, cuda, docs, aarch64, wasm, model, tests, doctests" ;;
     esac
   done
 
@@ -43,6 +43,7 @@ main() {
       cuda) stage "CUDA path, with a stand-in compiler" scripts/check_cuda.sh ;;
       docs) stage "documentation" documentation ;;
       aarch64) stage "kernels on 64-bit ARM, emulated" scripts/check_aarch64.sh ;;
+      wasm) stage "kernels on WebAssembly, in Node" scripts/check_wasm.sh ;;
       model) stage "the trained model that some tests ask" trained_model ;;
       tests) stage "tests" tests ;;
       doctests) stage "examples in the documentation" doctests ;;

@@ -1,16 +1,18 @@
 //! Which backend does the work: chosen once, by what the processor has.
 
+use std::ops::Deref;
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
 use crate::aarch64::Neon;
-use crate::activations::Quantized;
+use crate::backend::Kernels;
+use crate::scalar::Scalar;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+use crate::wasm32::Simd128;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::Avx2;
-use crate::{MatrixRef, scalar};
 
-/// A backend that this processor can run. Backends other than scalar hold a token that only
-/// detection of their instructions creates.
+/// A backend that this processor can run, with the operations of [`Kernels`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Backend {
     /// Portable Rust.
@@ -21,6 +23,9 @@ pub(crate) enum Backend {
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
+    /// WebAssembly's vectors of 128 bits.
+    #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+    Simd128(Simd128),
 }
 
 /// The backend in use: the last of [`available`], or the one that `PHI3_KERNELS` names.
@@ -34,77 +39,30 @@ pub(crate) fn backend() -> Backend {
 
 /// What this processor can run, from slow to fast.
 pub(crate) fn available() -> Vec<Backend> {
-    let scalar = [Backend::Scalar].into_iter();
-    #[cfg(target_arch = "x86_64")]
-    let scalar = scalar.chain(Avx2::new().map(Backend::Avx2));
-    #[cfg(target_arch = "aarch64")]
-    let scalar = scalar.chain(Neon::new().map(Backend::Neon));
-    scalar.collect()
+    let all = [
+        Some(Backend::Scalar),
+        #[cfg(target_arch = "x86_64")]
+        Avx2::new().map(Backend::Avx2),
+        #[cfg(target_arch = "aarch64")]
+        Neon::new().map(Backend::Neon),
+        #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+        Some(Backend::Simd128(Simd128)),
+    ];
+    all.into_iter().flatten().collect()
 }
 
-impl Backend {
-    /// The name that `PHI3_KERNELS` takes.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Backend::Scalar => "scalar",
-            #[cfg(target_arch = "x86_64")]
-            Backend::Avx2(_) => "avx2",
-            #[cfg(target_arch = "aarch64")]
-            Backend::Neon(_) => "neon",
-        }
-    }
+impl Deref for Backend {
+    type Target = dyn Kernels;
 
-    /// [`scalar::matmul_rows`].
-    pub(crate) fn matmul_rows(
-        self,
-        x: &[f32],
-        n: usize,
-        w: MatrixRef<'_>,
-        first_row: usize,
-        out: &mut [f32],
-    ) {
+    fn deref(&self) -> &Self::Target {
         match self {
-            Backend::Scalar => scalar::matmul_rows(x, n, w, first_row, out),
+            Backend::Scalar => &Scalar,
             #[cfg(target_arch = "x86_64")]
-            Backend::Avx2(avx2) => avx2.matmul_rows(x, n, w, first_row, out),
+            Backend::Avx2(avx2) => avx2,
             #[cfg(target_arch = "aarch64")]
-            Backend::Neon(neon) => neon.matmul_rows(x, n, w, first_row, out),
-        }
-    }
-
-    /// [`scalar::quantize`].
-    pub(crate) fn quantize(
-        self,
-        x: &[f32],
-        group: usize,
-        values: &mut [i8],
-        scales: &mut [f32],
-        sums: &mut [i16],
-    ) {
-        match self {
-            Backend::Scalar => scalar::quantize(x, group, values, scales, sums),
-            #[cfg(target_arch = "x86_64")]
-            Backend::Avx2(avx2) => avx2.quantize(x, group, values, scales, sums),
-            // The compiler vectorizes the specification.
-            #[cfg(target_arch = "aarch64")]
-            Backend::Neon(_) => scalar::quantize(x, group, values, scales, sums),
-        }
-    }
-
-    /// [`scalar::int8_rows`].
-    pub(crate) fn int8_rows(
-        self,
-        x: &Quantized,
-        w: MatrixRef<'_>,
-        first_row: usize,
-        out: &mut [&mut [f32]],
-    ) {
-        match self {
-            Backend::Scalar => scalar::int8_rows(x, w, first_row, out),
-            #[cfg(target_arch = "x86_64")]
-            Backend::Avx2(avx2) => avx2.int8_rows(x, w, first_row, out),
-            #[cfg(target_arch = "aarch64")]
-            Backend::Neon(_) => scalar::int8_rows(x, w, first_row, out),
+            Backend::Neon(neon) => neon,
+            #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+            Backend::Simd128(simd128) => simd128,
         }
     }
 }
@@ -112,8 +70,8 @@ impl Backend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::BlockType;
     use crate::testing::{self, Random};
+    use crate::{BlockType, MatrixRef};
     use proptest::prelude::*;
     use proptest::sample::select;
 

@@ -102,7 +102,7 @@ mod tests {
             );
         }
 
-        let backend = |v: &str| parse_backend(Some(v.into())).map(|b| b.map(Backend::name));
+        let backend = |v: &str| parse_backend(Some(v.into())).map(|b| b.map(|b| b.name()));
         assert_eq!(backend("Scalar"), Ok(Some("scalar")));
         assert!(backend("sse9").unwrap_err().to_string().contains("sse9"));
     }

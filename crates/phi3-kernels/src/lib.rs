@@ -31,6 +31,7 @@
 mod aarch64;
 mod activations;
 mod attention;
+mod backend;
 mod block;
 mod block_sparse;
 mod dispatch;
@@ -41,11 +42,16 @@ mod ops;
 mod probe;
 mod quantize;
 mod scalar;
-#[cfg(target_arch = "aarch64")]
+#[cfg(any(
+    target_arch = "aarch64",
+    all(target_arch = "wasm32", target_feature = "simd128")
+))]
 mod simd128;
 #[doc(hidden)]
 pub mod testing;
 mod threads;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod wasm32;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -62,7 +68,8 @@ pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};
 
 /// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor),
-/// `avx2` (x86-64 with AVX2, FMA and F16C) or `neon` (64-bit ARM).
+/// `avx2` (x86-64 with AVX2, FMA and F16C), `neon` (64-bit ARM) or `simd128` (WebAssembly that was
+/// compiled with vectors of 128 bits, since a module cannot ask for them).
 pub fn backend_name() -> &'static str {
     dispatch::backend().name()
 }

@@ -5,11 +5,14 @@
 //! that the processor has, whatever [`backend_name`](crate::backend_name) says. Each is the best
 //! of several rounds, since other programs can only make a round slower.
 
-#[cfg(target_arch = "aarch64")]
-mod aarch64;
+#[cfg_attr(target_arch = "aarch64", path = "probe/aarch64.rs")]
+#[cfg_attr(target_arch = "x86_64", path = "probe/x86_64.rs")]
+#[cfg_attr(
+    not(any(target_arch = "aarch64", target_arch = "x86_64")),
+    path = "probe/other.rs"
+)]
+mod native;
 mod portable;
-#[cfg(target_arch = "x86_64")]
-mod x86_64;
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -78,10 +81,6 @@ pub fn probe(threads: usize) -> Probe {
 fn probe_for(threads: usize, read_bytes: usize, round: Duration) -> Probe {
     let threads = threads.max(1);
     let mut sets = Vec::new();
-    #[cfg_attr(
-        not(any(target_arch = "x86_64", target_arch = "aarch64")),
-        expect(unused_variables, reason = "there are portable loops only")
-    )]
     let mut measure = |loops: Loops| {
         let ops = |run: &(dyn Fn() -> u64 + Sync)| best_rate(threads, round, |_| run());
         sets.push(InstructionSet {
@@ -91,10 +90,7 @@ fn probe_for(threads: usize, read_bytes: usize, round: Duration) -> Probe {
         });
     };
     measure(portable::loops());
-    #[cfg(target_arch = "x86_64")]
-    x86_64::all_loops().into_iter().for_each(&mut measure);
-    #[cfg(target_arch = "aarch64")]
-    aarch64::all_loops().into_iter().for_each(&mut measure);
+    native::all_loops().into_iter().for_each(&mut measure);
     Probe {
         threads,
         read_bytes: read_rate(threads, read_bytes, round),
@@ -123,22 +119,23 @@ fn read_rate(threads: usize, bytes: usize, round: Duration) -> f64 {
     best_rate(parts.len(), round, |thread| {
         let idx = next[thread].fetch_add(1, Ordering::Relaxed);
         let piece = parts[thread][idx % parts[thread].len()];
-        black_box(read(piece));
+        black_box(native::read(piece));
         size_of_val(piece) as u64
     })
-}
-
-fn read(part: &[u64]) -> u64 {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(avx2) = x86_64::Avx2::new() {
-        return avx2.read(part);
-    }
-    portable::read(part)
 }
 
 /// The most work a second that `threads` threads did together in any round; `work(thread)` does
 /// some and says how much.
 fn best_rate(threads: usize, round: Duration, work: impl Fn(usize) -> u64 + Sync) -> f64 {
+    // A barrier and a second thread would be in the way where there are no threads.
+    let rate_alone = || {
+        work(0); // caches, pages and clocks get ready
+        let (began, mut done) = (Instant::now(), 0);
+        while began.elapsed() < round {
+            done += work(0);
+        }
+        done as f64 / began.elapsed().as_secs_f64()
+    };
     let rate = || {
         let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let (start, nanos) = (Barrier::new(threads), AtomicU64::new(0));
@@ -162,7 +159,8 @@ fn best_rate(threads: usize, round: Duration, work: impl Fn(usize) -> u64 + Sync
         });
         done.into_inner() as f64 / (nanos.into_inner().max(1) as f64 * 1e-9)
     };
-    (0..ROUNDS).map(|_| rate()).fold(0.0, f64::max)
+    let rates = (0..ROUNDS).map(|_| if threads == 1 { rate_alone() } else { rate() });
+    rates.fold(0.0, f64::max)
 }
 
 #[cfg(test)]
@@ -173,6 +171,9 @@ mod tests {
     fn every_figure_is_measured() {
         let round = Duration::from_millis(2);
         for threads in [0, 1, 3] {
+            if threads > 1 && cfg!(target_family = "wasm") {
+                continue; // there are no threads
+            }
             let probe = probe_for(threads, 1 << 20, round);
             assert_eq!(probe.threads, threads.max(1));
             assert!(probe.read_bytes > 1e6, "{probe:?}");
@@ -185,6 +186,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(target_family = "wasm", ignore = "there are no threads")]
     fn a_rate_is_work_by_time() {
         // Two threads that each do one unit in a millisecond do at most two thousand a second.
         let rate = best_rate(2, Duration::from_millis(3), |_| {
@@ -199,7 +201,7 @@ mod tests {
         for len in [0, 1, 7, 64, 1000] {
             let numbers: Vec<u64> = (0..len).map(|i| i * i).collect();
             let sum = numbers.iter().sum::<u64>();
-            assert_eq!(read(&numbers), sum);
+            assert_eq!(native::read(&numbers), sum);
             assert_eq!(portable::read(&numbers), sum);
         }
     }

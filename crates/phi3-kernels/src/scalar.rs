@@ -7,6 +7,7 @@
 pub(crate) mod attention;
 mod decode;
 mod int8;
+mod kernels;
 mod units;
 
 #[cfg(target_arch = "x86_64")]
@@ -18,6 +19,7 @@ pub(crate) use decode::q3_k_scales;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use int8::LANES as INT8_LANES;
 pub(crate) use int8::{int8_rows, quantize};
+pub(crate) use kernels::Scalar;
 
 use crate::MatrixRef;
 

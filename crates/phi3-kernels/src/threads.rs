@@ -158,7 +158,10 @@ mod tests {
     fn every_part_is_visited_once() {
         for threads in [1, 3] {
             set_num_threads(threads);
-            assert_eq!(num_threads(), threads);
+            // Where no thread can be started, the caller does all work.
+            if !cfg!(target_family = "wasm") {
+                assert_eq!(num_threads(), threads);
+            }
             for items in [0, 1, 2, 7, 1000] {
                 for work in [0, 1 << 17, usize::MAX] {
                     let mut out = vec![0.0; items * 3];

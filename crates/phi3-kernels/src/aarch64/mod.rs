@@ -5,53 +5,55 @@ mod neon;
 pub(crate) use neon::Neon;
 
 use crate::MatrixRef;
-use crate::attention::Rows;
+use crate::backend::{Kernels, Rows};
+use crate::scalar::Scalar;
 use crate::simd128::{attention, rows};
 
 /// What a backend gives, by the kernels for vectors of 128 bits.
-impl Neon {
-    pub(crate) fn matmul_rows(
-        self,
+impl Kernels for Neon {
+    fn name(&self) -> &'static str {
+        "neon"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &Scalar
+    }
+
+    fn matmul_rows(
+        &self,
         x: &[f32],
         n: usize,
         w: MatrixRef<'_>,
         first_row: usize,
         out: &mut [f32],
     ) {
-        rows::matmul_rows(self, x, n, w, first_row, out);
+        rows::matmul_rows(*self, x, n, w, first_row, out);
     }
 
-    pub(crate) fn scores(
-        self,
-        q: &[f32],
-        keys: Rows<'_>,
-        d: usize,
-        out: &mut [f32],
-        stride: usize,
-    ) {
-        attention::scores(self, q, keys, d, out, stride);
+    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+        attention::scores(*self, q, keys, d, out, stride);
     }
 
-    pub(crate) fn exponentials(self, scores: &mut [f32]) -> (f32, f32) {
-        attention::exponentials(self, scores)
+    fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
+        attention::exponentials(*self, scores)
     }
 
-    pub(crate) fn weighted_sum(
-        self,
+    fn weighted_sum(
+        &self,
         weights: &[f32],
         stride: usize,
         values: Rows<'_>,
         d: usize,
         acc: &mut [f32],
     ) {
-        attention::weighted_sum(self, weights, stride, values, d, acc);
+        attention::weighted_sum(*self, weights, stride, values, d, acc);
     }
 
-    pub(crate) fn widen(self, halves: &[u16], out: &mut [f32]) {
-        attention::widen(self, halves, out);
+    fn widen(&self, halves: &[u16], out: &mut [f32]) {
+        attention::widen(*self, halves, out);
     }
 
-    pub(crate) fn narrow(self, values: &[f32], out: &mut [u16]) {
-        attention::narrow(self, values, out);
+    fn narrow(&self, values: &[f32], out: &mut [u16]) {
+        attention::narrow(*self, values, out);
     }
 }

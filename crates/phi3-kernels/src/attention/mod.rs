@@ -7,16 +7,17 @@
 //! with whatever neighbors and on however many threads it is computed, and whichever keys out
 //! of its sight are held.
 //!
-//! [`tile`] goes through the tiles, [`schedule`] spreads them over threads, [`backend`] names
+//! [`tile`] goes through the tiles, [`schedule`] spreads them over threads, [`Kernels`] names
 //! the few operations that a backend has to give.
+//!
+//! [`Kernels`]: crate::backend::Kernels
 
-mod backend;
 mod schedule;
 mod tile;
 
 use std::ops::Range;
 
-pub(crate) use backend::Rows;
+use crate::backend::Rows;
 
 /// What the slices of an [`AttentionJob`] mean.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -10,6 +10,7 @@ use std::hint::black_box;
 use std::mem::transmute;
 
 use super::Loops;
+pub(super) use super::portable::read;
 
 const STEPS: usize = 2048;
 

@@ -44,18 +44,22 @@ pub(super) fn all_loops() -> Vec<Loops> {
     all
 }
 
+/// [`portable::read`], with the widest vectors that any processor reads fastest with.
+pub(super) fn read(part: &[u64]) -> u64 {
+    Avx2::new().map_or_else(|| portable::read(part), |avx2| avx2.read(part))
+}
+
 /// Proof that this processor has AVX2 and FMA.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(());
+struct Avx2(());
 
 impl Avx2 {
-    pub(super) fn new() -> Option<Self> {
+    fn new() -> Option<Self> {
         let detected = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         detected.then_some(Self(()))
     }
 
-    /// [`portable::read`].
-    pub(super) fn read(self, part: &[u64]) -> u64 {
+    fn read(self, part: &[u64]) -> u64 {
         // SAFETY: `self` exists only where `new` detected the feature.
         unsafe { read_avx2(part) }
     }

@@ -1,7 +1,7 @@
-//! Attention's operations: see `attention::backend` for what each has to give.
+//! Attention's operations: see `backend::Kernels` for what each has to give.
 
 use super::{dot, f16_to_f32};
-use crate::attention::Rows;
+use crate::backend::Rows;
 
 pub(crate) fn scores(q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
     let mut wide = Vec::new();

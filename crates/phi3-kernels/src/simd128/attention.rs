@@ -1,4 +1,4 @@
-//! Attention's operations: see `attention::backend` for what each has to give.
+//! Attention's operations: see `backend::Kernels` for what each has to give.
 
 #![expect(
     clippy::needless_range_loop,
@@ -6,7 +6,7 @@
 )]
 
 use super::Vectors;
-use crate::attention::Rows;
+use crate::backend::Rows;
 use crate::scalar::attention as scalar;
 
 const LANES: usize = 4;

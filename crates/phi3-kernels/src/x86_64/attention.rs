@@ -1,11 +1,11 @@
-//! Attention's operations with AVX2, FMA and F16C: see `attention::backend` for what each has
+//! Attention's operations with AVX2, FMA and F16C: see `backend::Kernels` for what each has
 //! to give.
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
 use super::Avx2;
-use crate::attention::Rows;
+use crate::backend::Rows;
 use crate::scalar::attention as scalar;
 
 /// Lanes of a vector of f32.

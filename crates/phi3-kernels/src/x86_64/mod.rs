@@ -6,6 +6,7 @@ mod blocks;
 mod gemm;
 mod gemv;
 mod int8;
+mod kernels;
 mod layouts;
 mod micro;
 mod vector;

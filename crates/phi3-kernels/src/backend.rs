@@ -1,0 +1,113 @@
+//! What a backend is: the operations that it may do better than the one it builds on.
+
+use std::fmt::Debug;
+
+use crate::MatrixRef;
+use crate::activations::Quantized;
+
+/// Keys or values of one head, `[n, d]`, contiguous.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rows<'a> {
+    F32(&'a [f32]),
+    F16(&'a [u16]),
+}
+
+impl<'a> Rows<'a> {
+    /// The rows `start..end` of width `d`.
+    pub(crate) fn part(self, start: usize, end: usize, d: usize) -> Self {
+        match self {
+            Self::F32(rows) => Self::F32(&rows[start * d..end * d]),
+            Self::F16(rows) => Self::F16(&rows[start * d..end * d]),
+        }
+    }
+}
+
+/// The operations of a backend: the part of each that one thread does. A backend gives its name,
+/// the backend that it builds on, and those operations that it does better than that one;
+/// [`scalar`](crate::scalar) builds on nothing and gives them all.
+///
+/// Implementations are tokens: a value exists only where its instructions were detected, so that
+/// having one is the proof which its unsafe code needs.
+///
+/// All compute what scalar computes: products with eight-bit activations and quantization to the
+/// last bit, the rest within f32 rounding. An element of an output is computed by the same
+/// operations in the same order whatever else the call computes. Entry points have checked the
+/// lengths.
+pub(crate) trait Kernels: Debug + Send + Sync {
+    /// As `PHI3_KERNELS` takes it.
+    fn name(&self) -> &'static str;
+
+    /// Does what this backend does not do itself.
+    fn base(&self) -> &dyn Kernels;
+
+    /// `out[t, i] = x[t] · w[first_row + i]`, `out` `[n, rows]`, with sums in f32.
+    fn matmul_rows(
+        &self,
+        x: &[f32],
+        n: usize,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [f32],
+    ) {
+        self.base().matmul_rows(x, n, w, first_row, out);
+    }
+
+    /// Rounds groups of `group` activations to eight bits: [`scalar::quantize`](crate::scalar).
+    fn quantize(
+        &self,
+        x: &[f32],
+        group: usize,
+        values: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i16],
+    ) {
+        self.base().quantize(x, group, values, scales, sums);
+    }
+
+    /// `out[t][i] = x[t] · w[first_row + i]` for quantized weights.
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        self.base().int8_rows(x, w, first_row, out);
+    }
+
+    /// `out[r * stride + j] = q[r] · keys[j]` for the rows r of `q` and j of `keys`. Rows here and
+    /// in [`weighted_sum`](Self::weighted_sum) have `d` elements, a multiple of 8.
+    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+        self.base().scores(q, keys, d, out, stride);
+    }
+
+    /// Replaces scores, a multiple of 8 in number, by `exp(score - max)`; returns the largest
+    /// score and the sum of the exponentials. Scores of -inf give 0, also when all are; the
+    /// largest is then -inf and the sum 0. NaN gives a sum that is NaN.
+    fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
+        self.base().exponentials(scores)
+    }
+
+    /// `acc[r] += sum_j weights[r * stride + j] * values[j]` for the rows r of `acc`, `[rows, d]`,
+    /// and j of `values`, in the order of j.
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        values: Rows<'_>,
+        d: usize,
+        acc: &mut [f32],
+    ) {
+        self.base().weighted_sum(weights, stride, values, d, acc);
+    }
+
+    /// A hint that `rows`, some few, are read next.
+    fn prefetch(&self, rows: Rows<'_>) {
+        self.base().prefetch(rows);
+    }
+
+    /// Half precision to f32, exactly; slices of the same length.
+    fn widen(&self, halves: &[u16], out: &mut [f32]) {
+        self.base().widen(halves, out);
+    }
+
+    /// f32 to half precision, rounded to nearest even, finite values kept finite; slices of the
+    /// same length.
+    fn narrow(&self, values: &[f32], out: &mut [u16]) {
+        self.base().narrow(values, out);
+    }
+}

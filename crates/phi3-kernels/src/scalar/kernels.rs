@@ -1,0 +1,76 @@
+//! The specification as a backend.
+
+use super::attention;
+use crate::MatrixRef;
+use crate::activations::Quantized;
+use crate::backend::{Kernels, Rows};
+
+/// Portable Rust, which every processor runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scalar;
+
+/// Gives every operation, since there is nothing below it.
+impl Kernels for Scalar {
+    fn name(&self) -> &'static str {
+        "scalar"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        self
+    }
+
+    fn matmul_rows(
+        &self,
+        x: &[f32],
+        n: usize,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [f32],
+    ) {
+        super::matmul_rows(x, n, w, first_row, out);
+    }
+
+    fn quantize(
+        &self,
+        x: &[f32],
+        group: usize,
+        values: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i16],
+    ) {
+        super::quantize(x, group, values, scales, sums);
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        super::int8_rows(x, w, first_row, out);
+    }
+
+    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+        attention::scores(q, keys, d, out, stride);
+    }
+
+    fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
+        attention::exponentials(scores)
+    }
+
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        values: Rows<'_>,
+        d: usize,
+        acc: &mut [f32],
+    ) {
+        attention::weighted_sum(weights, stride, values, d, acc);
+    }
+
+    fn prefetch(&self, _: Rows<'_>) {}
+
+    fn widen(&self, halves: &[u16], out: &mut [f32]) {
+        attention::widen(halves, out);
+    }
+
+    fn narrow(&self, values: &[f32], out: &mut [u16]) {
+        attention::narrow(values, out);
+    }
+}

@@ -1,0 +1,59 @@
+//! The backend for WebAssembly.
+
+mod simd128;
+
+pub(crate) use simd128::Simd128;
+
+use crate::MatrixRef;
+use crate::backend::{Kernels, Rows};
+use crate::scalar::Scalar;
+use crate::simd128::{attention, rows};
+
+/// What a backend gives, by the kernels for vectors of 128 bits.
+impl Kernels for Simd128 {
+    fn name(&self) -> &'static str {
+        "simd128"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &Scalar
+    }
+
+    fn matmul_rows(
+        &self,
+        x: &[f32],
+        n: usize,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [f32],
+    ) {
+        rows::matmul_rows(*self, x, n, w, first_row, out);
+    }
+
+    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+        attention::scores(*self, q, keys, d, out, stride);
+    }
+
+    fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
+        attention::exponentials(*self, scores)
+    }
+
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        values: Rows<'_>,
+        d: usize,
+        acc: &mut [f32],
+    ) {
+        attention::weighted_sum(*self, weights, stride, values, d, acc);
+    }
+
+    fn widen(&self, halves: &[u16], out: &mut [f32]) {
+        attention::widen(*self, halves, out);
+    }
+
+    fn narrow(&self, values: &[f32], out: &mut [u16]) {
+        attention::narrow(*self, values, out);
+    }
+}

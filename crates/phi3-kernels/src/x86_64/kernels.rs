@@ -1,0 +1,74 @@
+//! What the backends for x86-64 give.
+
+use super::Avx2;
+use crate::MatrixRef;
+use crate::activations::Quantized;
+use crate::backend::{Kernels, Rows};
+use crate::scalar::Scalar;
+
+impl Kernels for Avx2 {
+    fn name(&self) -> &'static str {
+        "avx2"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &Scalar
+    }
+
+    fn matmul_rows(
+        &self,
+        x: &[f32],
+        n: usize,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [f32],
+    ) {
+        Avx2::matmul_rows(*self, x, n, w, first_row, out);
+    }
+
+    fn quantize(
+        &self,
+        x: &[f32],
+        group: usize,
+        values: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i16],
+    ) {
+        Avx2::quantize(*self, x, group, values, scales, sums);
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        Avx2::int8_rows(*self, x, w, first_row, out);
+    }
+
+    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+        Avx2::scores(*self, q, keys, d, out, stride);
+    }
+
+    fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
+        Avx2::exponentials(*self, scores)
+    }
+
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        values: Rows<'_>,
+        d: usize,
+        acc: &mut [f32],
+    ) {
+        Avx2::weighted_sum(*self, weights, stride, values, d, acc);
+    }
+
+    fn prefetch(&self, rows: Rows<'_>) {
+        Avx2::prefetch(*self, rows);
+    }
+
+    fn widen(&self, halves: &[u16], out: &mut [f32]) {
+        Avx2::widen(*self, halves, out);
+    }
+
+    fn narrow(&self, values: &[f32], out: &mut [u16]) {
+        Avx2::narrow(*self, values, out);
+    }
+}
