@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use phi3::eval::{Comparison, EvalOptions, compare};
+use phi3::eval::{Comparison, EvalOptions, compare_all};
 use phi3::text::CancelToken;
 
 use crate::args::{ComputeArgs, HubArgs, SourceArgs, load_exactly};
@@ -31,9 +31,10 @@ enum What {
 /// The text is cut into windows that do not overlap; the second half of each is scored.
 #[derive(clap::Args)]
 struct KlArgs {
-    /// The model: a repo id on the hub, a folder, or a .gguf file.
-    #[arg(long, short, value_name = "MODEL")]
-    model: String,
+    /// The model: a repo id on the hub, a folder, or a .gguf file. Several models, each with its own
+    /// --model, are held in memory together, and the reference runs once for all.
+    #[arg(long, short, value_name = "MODEL", required = true)]
+    model: Vec<String>,
     /// What it should be like, in the same forms.
     #[arg(long, value_name = "MODEL")]
     reference: String,
@@ -53,7 +54,7 @@ struct KlArgs {
     /// Use only so many tokens of the text.
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
-    /// Print JSON.
+    /// Print JSON: an object, or an array of them for several models.
     #[arg(long)]
     json: bool,
 }
@@ -71,17 +72,22 @@ fn kl(args: &KlArgs) -> Result<()> {
         model: model.to_owned(),
         hub: args.hub.clone(),
     };
-    let model = load_exactly(&source(&args.model), &args.compute)?;
+    let models = args
+        .model
+        .iter()
+        .map(|model| load_exactly(&source(model), &args.compute))
+        .collect::<Result<Vec<_>>>()?;
     let reference = load_exactly(&source(&args.reference), &args.compute)?;
     let mut ids = reference.tokenizer()?.encode(&text, false)?;
-    if let Ok(tokenizer) = model.tokenizer() {
-        let start: String = text.chars().take(20_000).collect();
-        ensure!(
-            tokenizer.encode(&start, false)? == reference.tokenizer()?.encode(&start, false)?,
-            "the tokenizers of {} and {} split {path} differently",
-            args.model,
-            args.reference
-        );
+    let start: String = text.chars().take(20_000).collect();
+    for (name, model) in args.model.iter().zip(&models) {
+        if let Ok(tokenizer) = model.tokenizer() {
+            ensure!(
+                tokenizer.encode(&start, false)? == reference.tokenizer()?.encode(&start, false)?,
+                "the tokenizers of {name} and {} split {path} differently",
+                args.reference
+            );
+        }
     }
     ids.truncate(args.max_tokens.unwrap_or(usize::MAX));
 
@@ -95,8 +101,9 @@ fn kl(args: &KlArgs) -> Result<()> {
         window: args.window,
         batch: args.batch,
     };
-    let found = compare(
-        model.model().as_ref(),
+    let compared: Vec<_> = models.iter().map(|model| model.model().as_ref()).collect();
+    let found = compare_all(
+        &compared,
         reference.model().as_ref(),
         &ids,
         options,
@@ -114,10 +121,19 @@ fn kl(args: &KlArgs) -> Result<()> {
     if interrupt::done() {
         output::note("(interrupted: the numbers are those of the tokens done)");
     }
-    if args.json {
-        output::print(&format!("{}\n", serde_json::to_string_pretty(&found)?))
-    } else {
-        output::print(&table(&found))
+    match (args.json, found.as_slice()) {
+        (true, [one]) => output::print(&format!("{}\n", serde_json::to_string_pretty(one)?)),
+        (true, several) => {
+            output::print(&format!("{}\n", serde_json::to_string_pretty(several)?))
+        }
+        (false, [one]) => output::print(&table(one)),
+        (false, several) => {
+            let tables = args.model.iter().zip(several);
+            let tables: Vec<_> = tables
+                .map(|(name, one)| format!("{name}\n{}", table(one)))
+                .collect();
+            output::print(&tables.join("\n"))
+        }
     }
 }
 

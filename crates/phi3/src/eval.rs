@@ -61,26 +61,73 @@ pub fn compare(
     reference: &dyn CausalLm,
     ids: &[u32],
     options: EvalOptions,
-    mut on_progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+    on_progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Comparison> {
-    check(model, reference, ids, options)?;
-    let vocab = model.info().vocab_size;
+    let found = compare_all(&[model], reference, ids, options, on_progress)?;
+    found.into_iter().next().ok_or_else(|| Error::Evaluation {
+        reason: "there is no model to compare".to_owned(),
+    })
+}
+
+/// [`compare`] of several models with one reference, which runs only once.
+///
+/// # Errors
+/// As [`compare`].
+pub fn compare_all(
+    models: &[&dyn CausalLm],
+    reference: &dyn CausalLm,
+    ids: &[u32],
+    options: EvalOptions,
+    mut on_progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<Vec<Comparison>> {
+    for model in models {
+        check(*model, reference, ids, options)?;
+    }
+    let vocab = reference.info().vocab_size;
     let windows: Vec<&[u32]> = ids.chunks_exact(options.window).collect();
-    let mut scores = Vec::new();
+    let mut scores = vec![Vec::new(); models.len()];
     for (i, batch) in windows.chunks(options.batch.max(1)).enumerate() {
         let done = i * options.batch.max(1) * options.window;
         if on_progress(done, windows.len() * options.window).is_break() && i > 0 {
             break;
         }
-        let ours = logits(model, batch)?;
+        let next: Vec<usize> = batch
+            .iter()
+            .flat_map(|window| &window[window.len() / 2..])
+            .map(|id| *id as usize)
+            .collect();
         let theirs = logits(reference, batch)?;
-        let rows = ours.chunks(vocab).zip(theirs.chunks(vocab));
-        let next = batch.iter().flat_map(|window| &window[window.len() / 2..]);
-        for ((ours, theirs), next) in rows.zip(next) {
-            scores.push(Score::new(ours, theirs, *next as usize));
+        for (model, scores) in models.iter().zip(&mut scores) {
+            let ours = logits(*model, batch)?;
+            scores.extend(score_rows(&ours, &theirs, &next, vocab));
         }
     }
-    Ok(summarize(&scores))
+    Ok(scores.iter().map(|scores| summarize(scores)).collect())
+}
+
+/// The scores of all rows, on as many threads as the kernels have: exponentials of whole
+/// vocabularies in f64 would else take as long as the models.
+fn score_rows(ours: &[f32], theirs: &[f32], next: &[usize], vocab: usize) -> Vec<Score> {
+    let rows = next.len().div_ceil(phi3_kernels::num_threads()).max(1);
+    let parts = ours
+        .chunks(rows * vocab)
+        .zip(theirs.chunks(rows * vocab))
+        .zip(next.chunks(rows));
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = parts
+            .map(|((ours, theirs), next)| {
+                scope.spawn(move || {
+                    let rows = ours.chunks(vocab).zip(theirs.chunks(vocab)).zip(next);
+                    rows.map(|((ours, theirs), next)| Score::new(ours, theirs, *next))
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        handles
+            .into_iter()
+            .flat_map(|handle| handle.join().expect("scoring a row cannot panic"))
+            .collect()
+    })
 }
 
 fn check(
