@@ -151,6 +151,25 @@ fn the_converted_folders_answer_like_the_reference() -> Result<()> {
     Ok(())
 }
 
+/// With the cache that `load` gives, whose keys and values are rounded to f16.
+#[test]
+fn a_model_loaded_by_default_knows_the_capital_of_france() -> Result<()> {
+    let Some(path) = demo("SmolLM2-135M-Instruct.Q4_1.gguf") else {
+        return Ok(());
+    };
+    let options = LoadOptions {
+        device: phi3::DeviceSpec::Cpu,
+        ..LoadOptions::default()
+    };
+    ensure!(options.cache_type == CacheType::F16);
+    let model = phi3::load_with(&path.to_string_lossy(), &options)?;
+    let mut chat = model.chat()?;
+    chat.settings.max_new_tokens = 12;
+    let answer = chat.send("What is the capital of France?")?.text()?;
+    ensure!(answer.contains("Paris"), "{answer}");
+    Ok(())
+}
+
 /// Greedy answers side by side, as a server would run them, and one of them word for word.
 #[test]
 fn several_chats_run_side_by_side() -> Result<()> {

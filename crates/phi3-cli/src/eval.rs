@@ -123,9 +123,7 @@ fn kl(args: &KlArgs) -> Result<()> {
     }
     match (args.json, found.as_slice()) {
         (true, [one]) => output::print(&format!("{}\n", serde_json::to_string_pretty(one)?)),
-        (true, several) => {
-            output::print(&format!("{}\n", serde_json::to_string_pretty(several)?))
-        }
+        (true, several) => output::print(&format!("{}\n", serde_json::to_string_pretty(several)?)),
         (false, [one]) => output::print(&table(one)),
         (false, several) => {
             let tables = args.model.iter().zip(several);

@@ -6,9 +6,11 @@ mod errors;
 mod generate;
 mod goldens;
 mod hub;
+mod kernels;
 mod library;
 mod look;
 mod phi_3_small;
+mod quantize;
 mod support;
 #[cfg(target_os = "linux")]
 mod terminal;
