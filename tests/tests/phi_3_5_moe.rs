@@ -15,12 +15,15 @@ use phi3_tests::runner::{check_contract, check_kit};
 
 const FIXTURES: [&str; 2] = ["phi3.5-moe", "phi3.5-moe-jitter"];
 
-/// Largest difference of a routing weight made from the golden's own scores.
+/// Largest difference of a routing weight made from the golden's own scores, or by the first layer.
+/// Measured in the first layer: 6.0e-7.
 const WEIGHT_TOLERANCE: f32 = 1e-6;
 
-/// Largest difference of a weight made from scores that the model computed: the rounding of the
-/// layers before is in it. Measured: 2.3e-6.
-const COMPUTED_WEIGHT_TOLERANCE: f32 = 1e-5;
+/// Largest difference of a weight made by a later layer: the rounding of the layers before is in it,
+/// in the golden as here. In f64 throughout, the same scores differ by up to 1.5e-5 from the goldens,
+/// whose own weights are off by up to 1.6e-6 there (6.9e-7 in the first layer). Measured:
+/// 1.5e-6 through the kernels, 2.3e-6 in candle operations.
+const COMPUTED_WEIGHT_TOLERANCE: f32 = 4e-6;
 
 fn load_fixture(name: &str) -> Result<(Kit, Model)> {
     let kit = Kit::load(&fixtures().join(name))?;
@@ -122,7 +125,10 @@ fn check_routing(kit: &Kit, model: &Model) -> Result<()> {
             let experts = kit.ids(&case, &golden("experts")).context("experts")?;
             ensure!(routing.experts() == experts, "{case}, layer {layer}");
             let weights = kit.floats(&case, &golden("weights")).context("weights")?;
-            let tolerance = COMPUTED_WEIGHT_TOLERANCE;
+            let tolerance = match layer {
+                0 => WEIGHT_TOLERANCE,
+                _ => COMPUTED_WEIGHT_TOLERANCE,
+            };
             assert_weights(&case, routing.weights(), weights, tolerance)?;
             let scores = kit
                 .floats(&case, &golden("router_logits"))

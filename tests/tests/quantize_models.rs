@@ -44,6 +44,8 @@ fn loading_quantized_is_loading_the_file() -> Result<()> {
         "phi3-mini-4k-window",
         "phi3-mini-128k-longrope",
         "phi4-mini",
+        "phi3.5-moe",
+        "phi3.5-moe-jitter",
     ] {
         let source = fixtures().join(name);
         for mix in ["F32", "Q8_0", "Q4_K_M", "Q2_K"] {

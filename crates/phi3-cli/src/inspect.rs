@@ -1,5 +1,7 @@
 //! `phi3 inspect`: what a model is, without running it.
 
+mod router;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -13,7 +15,8 @@ use serde_json::Value;
 use crate::args::{PositionalSourceArgs, open};
 use crate::output;
 
-/// Prints architecture, parameters, context, rope, quantization, size and estimated memory.
+/// Prints architecture, parameters, context, rope, quantization, size and estimated memory; with
+/// --router instead which experts a prompt takes.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -27,6 +30,10 @@ pub struct Args {
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
+    /// Run a mixture of experts on this text, and print how many tokens chose each expert of each
+    /// layer.
+    #[arg(long, value_name = "PROMPT", conflicts_with_all = ["context", "tensors"])]
+    router: Option<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -34,6 +41,9 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let checkpoint = open(&args.source.source())?;
+    if let Some(prompt) = &args.router {
+        return router::run(&checkpoint, prompt, args.json);
+    }
     let report = Report::new(&checkpoint, args.context, args.cache_type, args.tensors);
     if args.json {
         output::print(&format!("{}\n", serde_json::to_string_pretty(&report)?))

@@ -39,6 +39,7 @@ pub use error::{Error, Result};
 pub use extend::ContextExtension;
 pub use importance::importance;
 pub use model::{LanguageModel, LoadOptions, load, load_template, load_tokenizer, load_with};
+pub use phi_3_5_moe::{RouterTrace, Routing};
 pub use phi3_kernels::{InstructionSet, Probe, probe};
 pub use phi3_kernels::{argmax, backend_name, check_environment, num_threads, set_num_threads};
 pub use phi3_nn::{CacheType, DeviceSpec};

@@ -6,7 +6,9 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::support::{DONE, FAILED, USAGE, arg, command, fixture, run, run_with, stdout};
+use crate::support::{
+    DONE, FAILED, Tensors, USAGE, arg, command, fixture, run, run_with, stdout, write_ids,
+};
 use crate::tiny::{Tiny, id};
 
 fn inspect(name: &str, flags: &[&str]) -> Result<Value> {
@@ -383,4 +385,49 @@ fn a_conversation_is_rendered_and_tokenized() -> Result<()> {
     ensure!(text.trim_end() == rendered.trim_end(), "{text:?}");
     std::fs::write(tiny.file("talk.json"), "{}")?;
     run(tiny.args("tokenize", &["--chat", &file]))?.says(FAILED, &["talk.json", "JSON array"])
+}
+
+/// Every token of the prompt is counted once for each expert that it takes, in every layer; the
+/// counts are those that `phi3 logits --hidden` shows.
+#[test]
+fn inspect_shows_which_experts_a_prompt_takes() -> Result<()> {
+    let tiny = Tiny::of("phi3.5-moe", None)?;
+    let prompt = "Which experts take this text?";
+    let text = stdout(tiny.args("inspect", &["--router", prompt, "--json"]))?;
+    let found: Value = serde_json::from_str(&text)?;
+    let ids: Vec<i64> = serde_json::from_str(&stdout(
+        tiny.args("tokenize", &["--prompt", prompt, "--json"]),
+    )?)?;
+    ensure!(found["tokens"] == ids.len(), "{found}");
+    let file = write_ids(tiny.path(), "ids", &ids)?;
+    let out = arg(&tiny.file("out.safetensors"));
+    stdout(tiny.args("logits", &["--ids", &arg(&file), "--hidden", "--out", &out]))?;
+    let shown = Tensors::read(&tiny.file("out.safetensors"))?;
+    let layers = found["layers"].as_array().context("layers")?;
+    ensure!(layers.len() == 3, "{found}");
+    for (layer, load) in layers.iter().enumerate() {
+        let mut expected = vec![0i64; 16];
+        let experts = shown.ids(&format!("layer{layer}.experts"));
+        for expert in experts.context("experts")? {
+            expected[usize::try_from(*expert)?] += 1;
+        }
+        ensure!(*load == json!(expected), "layer {layer}: {load}");
+    }
+
+    let text = stdout(tiny.args("inspect", &["--router", prompt]))?;
+    let rows: Vec<&str> = text.lines().skip(3).collect();
+    ensure!(
+        rows.len() == 3 && text.contains("each through 2 of 16 experts"),
+        "{text}"
+    );
+    let sums = rows.iter().map(|row| {
+        let columns = row.split_whitespace().skip(1).take(16);
+        columns
+            .filter_map(|count| count.parse::<usize>().ok())
+            .sum::<usize>()
+    });
+    ensure!(sums.into_iter().all(|sum| sum == 2 * ids.len()), "{text}");
+
+    let dense = Tiny::new()?;
+    run(dense.args("inspect", &["--router", prompt]))?.says(USAGE, &["--router", "phi3"])
 }

@@ -5,6 +5,7 @@ use serde_json::{Map, Value as Json, json};
 use super::container::Container;
 use super::error::{Error, Result};
 use super::keys::{Keys, bad};
+use super::moe::Moe;
 use super::names::{
     Architecture, Dimensions, OUTPUT, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT, ROPE_FREQUENCIES,
     TOKEN_EMBEDDING,
@@ -53,6 +54,8 @@ pub(super) struct Hyperparameters {
     pub rotary_dim: usize,
     pub intermediate: usize,
     pub context: usize,
+    /// Of architecture `phimoe`.
+    pub moe: Option<Moe>,
 }
 
 impl Hyperparameters {
@@ -95,14 +98,17 @@ impl Hyperparameters {
             });
         }
         let rotary_dim = keys.optional("rope.dimension_count")?.unwrap_or(head_dim);
-        // Llama's row order pairs rows over the whole head, so that no part of it can stay unrotated.
-        let whole = architecture == Architecture::Llama && rotary_dim != head_dim;
+        // Llama's row order pairs rows over the whole head, so that no part of it can stay unrotated;
+        // Phi-3.5-MoE's config knows no part of a head.
+        let whole = architecture != Architecture::Phi3 && rotary_dim != head_dim;
         if rotary_dim == 0 || rotary_dim % 2 != 0 || rotary_dim > head_dim || whole {
             return Err(Error::BadValue {
                 key: keys.key("rope.dimension_count"),
                 found: rotary_dim.to_string(),
                 expected: match architecture {
-                    Architecture::Llama => format!("{head_dim}, the whole head"),
+                    Architecture::Llama | Architecture::Phimoe => {
+                        format!("{head_dim}, the whole head")
+                    }
                     Architecture::Phi3 => format!("an even number from 2 to {head_dim}"),
                 },
             });
@@ -117,6 +123,10 @@ impl Hyperparameters {
             rotary_dim,
             intermediate: keys.positive("feed_forward_length")?,
             context: keys.positive("context_length")?,
+            moe: match architecture {
+                Architecture::Phimoe => Some(Moe::read(container, &keys)?),
+                Architecture::Phi3 | Architecture::Llama => None,
+            },
         })
     }
 
@@ -127,6 +137,7 @@ impl Hyperparameters {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             intermediate: self.intermediate,
+            experts: self.moe.as_ref().map_or(0, |moe| moe.experts),
         }
     }
 
@@ -175,6 +186,9 @@ impl Hyperparameters {
             "vocab_size": vocab_size(container, &keys)?,
         });
         if let Some(config) = config.as_object_mut() {
+            if let Some(moe) = &self.moe {
+                moe.write(self, original, config);
+            }
             if self.head_dim.checked_mul(self.heads) != Some(self.hidden) {
                 config.insert("head_dim".to_owned(), self.head_dim.into());
             }

@@ -79,7 +79,25 @@ impl<'a> Keys<'a> {
             })
     }
 
-    /// A finite number.
+    /// A text.
+    pub fn text(&self, name: &str) -> Result<Option<&'a str>> {
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        let text = value.as_str();
+        text.map(Some)
+            .ok_or_else(|| bad(&self.key(name), value, "a text"))
+    }
+
+    /// A finite number that is not negative.
+    pub fn float_or_zero(&self, name: &str) -> Result<Option<f64>> {
+        match self.get(name).map(Value::as_f64) {
+            Some(Some(0.0)) => Ok(Some(0.0)),
+            _ => self.float(name),
+        }
+    }
+
+    /// A finite number above 0.
     pub fn float(&self, name: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(name) else {
             return Ok(None);
@@ -141,6 +159,9 @@ impl<'a> Keys<'a> {
             })
         };
         for (name, neutral, what) in NEUTRAL {
+            if name == "expert_count" && self.architecture == Architecture::Phimoe {
+                continue;
+            }
             if let Some(value) = self.get(name)
                 && !value.as_f64().is_some_and(|found| neutral.contains(&found))
             {

@@ -13,6 +13,7 @@ pub(crate) mod export;
 pub(crate) mod int4;
 mod keys;
 mod merges;
+mod moe;
 mod names;
 mod pre_tokenizer;
 pub mod random;
@@ -33,7 +34,7 @@ use crate::{ChatTemplateSource, Checkpoint, TensorEntry, TokenizerFiles, map_fil
 
 pub use container::{ALIGNMENT_KEY, Container, DEFAULT_ALIGNMENT, TensorInfo};
 pub use error::{Error, Result};
-pub use names::{Architecture, gguf_name, hf_name};
+pub use names::{Architecture, gguf_name, gguf_name_in, hf_name, hf_name_in};
 pub use types::TensorType;
 pub use value::{Array, Text, Value};
 pub use writer::{PlannedTensor, TensorSink, Writer};
@@ -136,9 +137,10 @@ impl GgufFile {
 
     /// All tensors, in file order.
     pub fn tensors(&self) -> Vec<TensorSummary> {
+        let architecture = config::architecture(&self.container).unwrap_or(Architecture::Phi3);
         let summary = |tensor: &TensorInfo| TensorSummary {
             name: tensor.name.clone(),
-            hf_name: hf_name(&tensor.name),
+            hf_name: hf_name_in(architecture, &tensor.name),
             type_name: tensor.tensor_type.name(),
             shape: tensor.shape.clone(),
             bytes: tensor.size,
@@ -146,7 +148,7 @@ impl GgufFile {
         self.container.tensors().iter().map(summary).collect()
     }
 
-    /// The model as a `config.json` of `model_type` `phi3`.
+    /// The model as a `config.json` of `model_type` `phi3`, or of `phimoe`.
     ///
     /// # Errors
     /// An unsupported architecture, a missing or contradictory key, or one that asks for something

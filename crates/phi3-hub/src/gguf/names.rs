@@ -8,6 +8,9 @@
 //! Architecture `llama` differs in one thing more: the converter moves the rows of q and k within
 //! each head so that the two rows that rope rotates together lie side by side (row `2j + s` of the
 //! file is row `s·d/2 + j` of the checkpoint, for a head of `d` rows). That is undone here.
+//!
+//! Architecture `phimoe` has q, k and v apart as the hub has them, with biases, and all experts of a
+//! layer in one tensor `[experts, rows, columns]`, of which each becomes a tensor of the hub.
 
 use std::collections::BTreeMap;
 
@@ -23,17 +26,24 @@ pub enum Architecture {
     /// Llama and what is converted as such (Mistral, SmolLM): the same layers, q, k, v and gate, up
     /// stored apart, and q and k in another row order.
     Llama,
+    /// Phi-3.5-MoE.
+    Phimoe,
 }
 
 impl Architecture {
     /// All that are supported.
-    pub const ALL: [Architecture; 2] = [Architecture::Phi3, Architecture::Llama];
+    pub const ALL: [Architecture; 3] = [
+        Architecture::Phi3,
+        Architecture::Llama,
+        Architecture::Phimoe,
+    ];
 
     /// The value of `general.architecture`, and the prefix of the model's metadata keys.
     pub fn name(self) -> &'static str {
         match self {
             Architecture::Phi3 => "phi3",
             Architecture::Llama => "llama",
+            Architecture::Phimoe => "phimoe",
         }
     }
 
@@ -52,8 +62,7 @@ impl Architecture {
     }
 }
 
-/// The Hugging Face tensor that holds the tensor `name` of a GGUF file, wholly or as some of its
-/// rows; `None` if it becomes part of the config or has no place in the model.
+/// [`hf_name_in`] a file of architecture `phi3` or `llama`.
 ///
 /// ```
 /// use phi3_hub::gguf::hf_name;
@@ -64,20 +73,59 @@ impl Architecture {
 /// assert_eq!(hf_name("rope_factors_long.weight"), None);
 /// ```
 pub fn hf_name(name: &str) -> Option<String> {
-    match role(name) {
+    hf_name_in(Architecture::Phi3, name)
+}
+
+/// The Hugging Face tensor that holds the tensor `name` of a GGUF file, wholly or as some of its
+/// rows; with `*` for the number where it becomes one tensor for each expert. `None` if it becomes
+/// part of the config or has no place in the model.
+///
+/// ```
+/// use phi3_hub::gguf::{Architecture, hf_name_in};
+///
+/// let name = hf_name_in(Architecture::Phimoe, "blk.3.ffn_gate_exps.weight");
+/// let experts = "model.layers.3.block_sparse_moe.experts.*.w1.weight";
+/// assert_eq!(name.as_deref(), Some(experts));
+/// ```
+pub fn hf_name_in(architecture: Architecture, name: &str) -> Option<String> {
+    match role(architecture, name) {
         Role::Whole(hf) | Role::Rows(hf, _) => Some(hf),
+        Role::Experts(prefix, matrix) => Some(format!("{prefix}*.{matrix}")),
         Role::RopeFactors | Role::RopeFrequencies | Role::Ignored | Role::Unexpected(_) => None,
     }
 }
 
-/// The name under which architecture `phi3` stores a Hugging Face tensor; `None` for a name that
-/// Phi-3 does not have. The inverse of [`hf_name`] for files in the converter's spelling.
+/// [`gguf_name_in`] a file of architecture `phi3`.
 pub fn gguf_name(hf: &str) -> Option<String> {
-    if let Some((gguf, _)) = GLOBAL.iter().find(|(_, known)| *known == hf) {
+    gguf_name_in(Architecture::Phi3, hf)
+}
+
+/// The name under which a file of an architecture stores a Hugging Face tensor, alone or with those
+/// of the other experts; `None` for a name that the architecture does not have. The inverse of
+/// [`hf_name_in`] for files in the converter's spelling.
+pub fn gguf_name_in(architecture: Architecture, hf: &str) -> Option<String> {
+    let is_moe = architecture == Architecture::Phimoe;
+    let biases = if is_moe {
+        GLOBAL_BIASES.as_slice()
+    } else {
+        &[]
+    };
+    if let Some((gguf, _)) = GLOBAL.iter().chain(biases).find(|(_, known)| *known == hf) {
         return Some((*gguf).to_owned());
     }
     let (layer, name) = hf.strip_prefix("model.layers.")?.split_once('.')?;
     let layer: usize = layer.parse().ok()?;
+    if is_moe {
+        if let Some((idx, matrix)) = name.strip_prefix(EXPERTS).and_then(|n| n.split_once('.')) {
+            idx.parse::<usize>().ok()?;
+            let (gguf, _) = EXPERT.iter().find(|(_, known)| *known == matrix)?;
+            return Some(format!("blk.{layer}.{gguf}"));
+        }
+        let (name, kind) = name.rsplit_once('.')?;
+        let (gguf, _, has_bias) = MOE_LAYER.iter().find(|(_, known, _)| *known == name)?;
+        let known = kind == "weight" || kind == "bias" && *has_bias;
+        return known.then(|| format!("blk.{layer}.{gguf}.{kind}"));
+    }
     let (gguf, ..) = LAYER.iter().find(|(_, known, section)| {
         *known == name && matches!(section, None | Some(Section::Qkv | Section::Up))
     })?;
@@ -92,6 +140,8 @@ pub(super) struct Dimensions {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub intermediate: usize,
+    /// Of a layer; 0 where there is one feed-forward block.
+    pub experts: usize,
 }
 
 /// A Hugging Face tensor as it is made from the file.
@@ -108,6 +158,8 @@ pub(super) struct RecipePart {
     pub tensor: String,
     /// So many leading heads have their rows in llama's order.
     pub interleaved_heads: usize,
+    /// Only that expert of a stack.
+    pub expert: Option<usize>,
 }
 
 /// All Hugging Face tensors of the file, by name.
@@ -128,16 +180,38 @@ pub(super) fn map_tensors(
                 reason: "its layer is beyond the block_count of the metadata",
             });
         }
-        match role(&tensor.name) {
+        match role(architecture, &tensor.name) {
             Role::Whole(hf) => {
                 let recipe = Recipe {
                     shape: tensor.shape.clone(),
                     parts: vec![RecipePart {
                         tensor: tensor.name.clone(),
                         interleaved_heads: 0,
+                        expert: None,
                     }],
                 };
                 recipes.insert(hf, recipe);
+            }
+            Role::Experts(prefix, matrix) => {
+                let (Some(experts), Some(shape)) = (tensor.shape.first(), tensor.shape.get(1..))
+                else {
+                    return Err(shape_error(tensor, "a stack of matrices".to_owned()));
+                };
+                if *experts != dimensions.experts || shape.len() != 2 {
+                    let expected = format!("a stack of {} (expert_count)", dimensions.experts);
+                    return Err(shape_error(tensor, expected));
+                }
+                for idx in 0..*experts {
+                    let recipe = Recipe {
+                        shape: shape.to_vec(),
+                        parts: vec![RecipePart {
+                            tensor: tensor.name.clone(),
+                            interleaved_heads: 0,
+                            expert: Some(idx),
+                        }],
+                    };
+                    recipes.insert(format!("{prefix}{idx}.{matrix}"), recipe);
+                }
             }
             Role::Rows(hf, section) => {
                 fused.entry(hf).or_default().insert(section, tensor);
@@ -196,6 +270,7 @@ fn fuse(
         parts.push(RecipePart {
             tensor: tensor.name.clone(),
             interleaved_heads,
+            expert: None,
         });
     }
     Ok(Recipe {
@@ -291,6 +366,8 @@ impl Section {
 enum Role {
     Whole(String),
     Rows(String, Section),
+    /// What stands before and after the number of the expert.
+    Experts(String, &'static str),
     RopeFactors,
     RopeFrequencies,
     Ignored,
@@ -322,15 +399,44 @@ const LAYER: [(&str, &str, Option<Section>); 10] = [
     ("ffn_gate.weight", GATE_UP, Some(Section::Gate)),
     ("ffn_up.weight", GATE_UP, Some(Section::Up)),
 ];
+/// What `phimoe` has besides [`GLOBAL`].
+const GLOBAL_BIASES: [(&str, &str); 2] = [
+    ("output_norm.bias", "model.norm.bias"),
+    ("output.bias", "lm_head.bias"),
+];
+
+/// The layer of `phimoe`, without `.weight` and `.bias`, and whether there may be a bias.
+const MOE_LAYER: [(&str, &str, bool); 7] = [
+    ("attn_norm", "input_layernorm", true),
+    ("ffn_norm", "post_attention_layernorm", true),
+    ("attn_q", "self_attn.q_proj", true),
+    ("attn_k", "self_attn.k_proj", true),
+    ("attn_v", "self_attn.v_proj", true),
+    ("attn_output", "self_attn.o_proj", true),
+    ("ffn_gate_inp", "block_sparse_moe.gate", false),
+];
+const EXPERTS: &str = "block_sparse_moe.experts.";
+const EXPERT: [(&str, &str); 3] = [
+    ("ffn_gate_exps.weight", "w1.weight"),
+    ("ffn_down_exps.weight", "w2.weight"),
+    ("ffn_up_exps.weight", "w3.weight"),
+];
 const QKV: &str = "self_attn.qkv_proj.weight";
 const GATE_UP: &str = "mlp.gate_up_proj.weight";
 
-fn role(name: &str) -> Role {
+fn role(architecture: Architecture, name: &str) -> Role {
+    if architecture == Architecture::Phimoe
+        && let Some(role) = moe_role(name)
+    {
+        return role;
+    }
     if let Some((_, hf)) = GLOBAL.iter().find(|(gguf, _)| *gguf == name) {
         return Role::Whole((*hf).to_owned());
     }
     if let Some((layer, name)) = split_layer(name) {
-        if let Some((_, hf, section)) = LAYER.iter().find(|(gguf, ..)| *gguf == name) {
+        if architecture != Architecture::Phimoe
+            && let Some((_, hf, section)) = LAYER.iter().find(|(gguf, ..)| *gguf == name)
+        {
             let hf = format!("model.layers.{layer}.{hf}");
             return match section {
                 Some(section) => Role::Rows(hf, *section),
@@ -354,13 +460,31 @@ fn role(name: &str) -> Role {
             Role::Unexpected("Phi-3 layers have no biases, this is another kind of model")
         }
         _ if name.contains("_exps") || name.contains("ffn_gate_inp") => {
-            Role::Unexpected("mixtures of experts are not supported from GGUF")
+            Role::Unexpected("mixtures of experts have another architecture")
         }
         _ if name.contains("_norm") => {
             Role::Unexpected("Phi-3 layers have no such norm, this is another kind of model")
         }
         _ => Role::Unexpected("leaving it out could change the results"),
     }
+}
+
+/// What `phimoe` has in other places than `phi3`.
+fn moe_role(name: &str) -> Option<Role> {
+    if let Some((_, hf)) = GLOBAL_BIASES.iter().find(|(gguf, _)| *gguf == name) {
+        return Some(Role::Whole((*hf).to_owned()));
+    }
+    let (layer, name) = split_layer(name)?;
+    if let Some((_, matrix)) = EXPERT.iter().find(|(gguf, _)| *gguf == name) {
+        return Some(Role::Experts(
+            format!("model.layers.{layer}.{EXPERTS}"),
+            matrix,
+        ));
+    }
+    let (name, kind) = name.rsplit_once('.')?;
+    let (_, hf, has_bias) = MOE_LAYER.iter().find(|(gguf, ..)| *gguf == name)?;
+    let known = kind == "weight" || kind == "bias" && *has_bias;
+    known.then(|| Role::Whole(format!("model.layers.{layer}.{hf}.{kind}")))
 }
 
 fn layer_of(name: &str) -> Option<usize> {

@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 
 pub use shapes::{SHAPES, Shape};
 
-use super::names::{ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT, gguf_name};
+use super::names::{ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT, gguf_name_in};
 use super::value::{Array, Value};
 use super::writer::{PlannedTensor, TensorSink, Writer};
-use super::{Error as GgufError, GgufFile};
+use super::{Error as GgufError, GgufFile, moe};
 use crate::quantize::{Matrix, Mix};
 use blocks::Random;
 use phi3_kernels::BlockType;
@@ -215,12 +215,13 @@ impl RandomModel {
         let shape = self.shape;
         let description = self.description();
         let out = &mut self.writer;
-        out.set("general.architecture", "phi3");
+        let prefix = shape.architecture().name();
+        out.set("general.architecture", prefix);
         out.set("general.name", format!("Random {}", shape.name).as_str());
         out.set("general.description", description.as_str());
         out.set("general.file_type", self.mix.file_type());
         out.set("general.quantization_version", 2u32);
-        out.set("phi3.random.version", VERSION);
+        out.set(format!("{prefix}.random.version"), VERSION);
         if self.mix.base() == BlockType::Int4 {
             for (key, value) in super::int4::metadata() {
                 out.set(key, value);
@@ -238,12 +239,22 @@ impl RandomModel {
             ("rope.dimension_count", shape.rotary_dim),
         ] {
             // Sizes of models are far below 2^32.
-            out.set(format!("phi3.{key}"), number as u32);
+            out.set(format!("{prefix}.{key}"), number as u32);
         }
-        out.set("phi3.attention.layer_norm_rms_epsilon", 1e-5f32);
-        out.set("phi3.rope.freq_base", 10_000f32);
+        out.set(
+            format!("{prefix}.attention.layer_norm_rms_epsilon"),
+            1e-5f32,
+        );
+        out.set(format!("{prefix}.rope.freq_base"), 10_000f32);
+        if shape.experts > 0 {
+            let experts = moe::Fields::of(shape.experts as u32);
+            let mscale = shape.attention_factor().map(f64::from);
+            for (key, value) in experts.keys(mscale.map(|mscale| [mscale; 2])) {
+                out.set(format!("{prefix}.{key}"), value);
+            }
+        }
         if let Some(factor) = shape.attention_factor() {
-            out.set("phi3.rope.scaling.attn_factor", factor);
+            out.set(format!("{prefix}.rope.scaling.attn_factor"), factor);
         }
         let vocabulary = vocabulary::Vocabulary::new(shape.vocab);
         out.set("tokenizer.ggml.model", "llama");
@@ -277,6 +288,10 @@ impl RandomModel {
             }
         }
         for layer in 0..self.layers {
+            if shape.experts > 0 {
+                self.add_moe_layer(layer)?;
+                continue;
+            }
             let tensors: [(&str, &[usize]); 6] = [
                 ("input_layernorm", &[hidden]),
                 ("post_attention_layernorm", &[hidden]),
@@ -291,17 +306,57 @@ impl RandomModel {
             }
         }
         self.add("model.norm.weight", &[hidden], None)?;
+        if shape.experts > 0 {
+            self.add("model.norm.bias", &[hidden], None)?;
+            self.add("lm_head.bias", &[vocab], None)?;
+        }
         if !shape.tied {
             self.add("lm_head.weight", &[vocab, hidden], None)?;
         }
         Ok(())
     }
 
-    /// Norms are f32, matrices what the mix makes of them.
+    fn add_moe_layer(&mut self, layer: usize) -> Result<(), Error> {
+        let shape = self.shape;
+        let (hidden, inner) = (shape.hidden, shape.intermediate);
+        let kv = hidden / shape.heads * shape.kv_heads;
+        let prefix = format!("model.layers.{layer}");
+        for (name, rows) in [
+            ("self_attn.q_proj", hidden),
+            ("self_attn.k_proj", kv),
+            ("self_attn.v_proj", kv),
+            ("self_attn.o_proj", hidden),
+        ] {
+            let name = format!("{prefix}.{name}");
+            self.add(&format!("{name}.weight"), &[rows, hidden], Some(layer))?;
+            self.add(&format!("{name}.bias"), &[rows], None)?;
+        }
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            for kind in ["weight", "bias"] {
+                self.add(&format!("{prefix}.{name}.{kind}"), &[hidden], None)?;
+            }
+        }
+        let moe = format!("{prefix}.block_sparse_moe");
+        let gate = [shape.experts, hidden];
+        self.add(&format!("{moe}.gate.weight"), &gate, Some(layer))?;
+        for (matrix, rows, columns) in [
+            ("w1", inner, hidden),
+            ("w3", inner, hidden),
+            ("w2", hidden, inner),
+        ] {
+            let stack = [shape.experts, rows, columns];
+            let name = format!("{moe}.experts.0.{matrix}.weight");
+            self.add(&name, &stack, Some(layer))?;
+        }
+        Ok(())
+    }
+
+    /// Norms and biases are f32, matrices what the mix makes of them.
     fn add(&mut self, hf: &str, shape: &[usize], layer: Option<usize>) -> Result<(), Error> {
-        let name = gguf_name(hf).unwrap_or_else(|| hf.to_owned());
+        let architecture = self.shape.architecture();
+        let name = gguf_name_in(architecture, hf).unwrap_or_else(|| hf.to_owned());
         let block_type = match shape {
-            [_, columns] => self.mix.block_type(Matrix {
+            [_, columns] | [_, _, columns] => self.mix.block_type(Matrix {
                 name: &name,
                 columns: *columns,
                 layer,
@@ -333,7 +388,7 @@ impl RandomModel {
         }
         let mut random = Random::new(self.seed, &tensor.name);
         let block_type = tensor.tensor_type.block_type().unwrap_or(BlockType::F32);
-        let is_norm = tensor.shape.len() == 1;
+        let is_norm = tensor.shape.len() == 1 && !tensor.name.ends_with(".bias");
         let mut piece = vec![0u8; PIECE_BLOCKS * block_type.block_bytes()];
         let mut left = tensor.size;
         while left > 0 {

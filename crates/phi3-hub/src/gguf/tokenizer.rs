@@ -256,11 +256,11 @@ fn strips_after_specials(container: &Container) -> Result<bool> {
         Some(Value::String(name)) => name.to_string_lossy().to_lowercase(),
         _ => String::new(),
     };
-    Ok(
-        text(container, "general.architecture")? == Some(Architecture::Phi3.name())
-            || name.contains("phi-3")
-            || name.contains("phi3"),
-    )
+    let architecture = text(container, "general.architecture")?;
+    let phi = [Architecture::Phi3, Architecture::Phimoe].map(Architecture::name);
+    Ok(architecture.is_some_and(|name| phi.contains(&name))
+        || name.contains("phi-3")
+        || name.contains("phi3"))
 }
 
 /// The text of a token that is put at an end of every text, or `None` if it is not.

@@ -67,6 +67,9 @@ impl GgufSource {
             });
         };
         let (block_type, bytes) = stored(&self.container, tensor)?;
+        if let Some(expert) = part.expert {
+            return self.expert(tensor, block_type, bytes, expert);
+        }
         let rows = tensor.shape.first().copied().unwrap_or(1);
         let bytes = if part.interleaved_heads > 0 && rows > 0 {
             let row_bytes = bytes.len() / rows;
@@ -79,6 +82,26 @@ impl GgufSource {
             rows,
             bytes,
         })
+    }
+}
+
+impl GgufSource {
+    /// One matrix of a stack, where it lies.
+    fn expert(
+        &self,
+        tensor: &TensorInfo,
+        block_type: BlockType,
+        bytes: Bytes,
+        expert: usize,
+    ) -> Result<TensorPart> {
+        StoredTensor::new(tensor.shape.clone(), block_type, bytes)
+            .and_then(|stack| stack.at(expert))
+            .map_err(|error| error.to_string())
+            .and_then(|one| one.parts().first().cloned().ok_or("it is empty".to_owned()))
+            .map_err(|message| Error::TensorBytes {
+                tensor: tensor.name.clone(),
+                message,
+            })
     }
 }
 

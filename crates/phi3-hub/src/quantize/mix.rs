@@ -126,6 +126,10 @@ impl Mix {
     /// The type of a matrix.
     pub(crate) fn block_type(self, matrix: Matrix<'_>) -> BlockType {
         let base = self.0.base;
+        // Which experts a token takes hangs on the last bits of the router's scores, and it is small.
+        if matrix.name.ends_with("ffn_gate_inp.weight") {
+            return F32;
+        }
         if base.block_len() == 1 {
             return base;
         }
@@ -137,6 +141,7 @@ impl Mix {
         let (layer, layers) = (matrix.layer.unwrap_or(0), matrix.layers);
         let kind = matrix.name.rsplit_once('.').map_or("", |(name, _)| name);
         let kind = kind.rsplit_once('.').map_or(kind, |(_, kind)| kind);
+        let kind = kind.strip_suffix("_exps").unwrap_or(kind);
         if kind == "output" || kind == "token_embd" && matrix.tied {
             return match base {
                 Int4 => Int4,
@@ -149,6 +154,13 @@ impl Mix {
             ("attn_qkv", Q3K, Size::Medium | Size::Large) => Q4K,
             ("attn_qkv", Q4K, Size::Medium) => Q5K,
             ("attn_qkv", Q5K, Size::Medium) => Q6K,
+            // Apart from queries in Phi-3.5-MoE, four of whose heads share one.
+            ("attn_v", Q2K, _) => Q4K,
+            ("attn_v", Q3K, Size::Medium) if layer < 2 => Q5K,
+            ("attn_v", Q3K, Size::Medium) => Q4K,
+            ("attn_v", Q3K, Size::Large) => Q5K,
+            ("attn_v", Q4K | Q5K, Size::Medium) if use_more_bits(layer, layers) => Q6K,
+            ("attn_v", Q4K, Size::Small) if layer < 4 => Q5K,
             ("attn_output", Q2K, _) => Q3K,
             ("attn_output", Q3K, Size::Medium) => Q4K,
             ("attn_output", Q3K, Size::Large) => Q5K,

@@ -8,6 +8,7 @@ mod encode;
 mod error;
 mod mix;
 mod plan;
+mod spelling;
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -52,7 +53,7 @@ pub struct Summary {
 /// says whether to go on.
 pub type OnProgress<'a> = dyn FnMut(&PlannedTensor, u64, u64) -> ControlFlow<()> + 'a;
 
-/// Writes `checkpoint` as a GGUF file of architecture `phi3`, as llama.cpp's converter and quantizer
+/// Writes `checkpoint` as a GGUF file of architecture `phi3` or `phimoe`, as llama.cpp's converter and quantizer
 /// would. The file appears under `path` when it is complete; until then, and after an error, what
 /// was there stays. Besides the mapped checkpoint a few megabytes are in memory.
 ///
@@ -67,8 +68,9 @@ pub fn write_gguf(
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Summary> {
     refuse_existing(checkpoint, path, options.force)?;
+    let source = spelling::of_hub(&checkpoint.weights);
     let plan = Plan::new(
-        checkpoint.weights.as_ref(),
+        source.as_ref(),
         &checkpoint.config,
         mix,
         options.importance.as_ref(),
@@ -90,8 +92,13 @@ pub fn write_gguf(
             writer.set(key, value);
         }
     }
-    for tensor in plan.tensors() {
-        writer.add_tensor(tensor.gguf.as_str(), &tensor.shape, tensor.block_type)?;
+    for group in plan.tensors().chunk_by(|a, b| a.gguf == b.gguf) {
+        let [first, ..] = group else { continue };
+        let mut shape = first.shape.clone();
+        if first.stacked {
+            shape.insert(0, group.len());
+        }
+        writer.add_tensor(first.gguf.as_str(), &shape, first.block_type)?;
     }
     for (name, factors) in &metadata.rope_factors {
         writer.add_tensor(*name, &[factors.len()], phi3_kernels::BlockType::F32)?;
@@ -112,7 +119,7 @@ pub fn write_gguf(
                     sink.write(&factor.to_le_bytes())?;
                 }
             }
-            None => fill(checkpoint, &plan, options, planned, sink)?,
+            None => fill(source.as_ref(), &plan, options, planned, sink)?,
         }
         done += planned.size;
         Ok(())
@@ -125,32 +132,27 @@ pub fn write_gguf(
     })
 }
 
+/// A tensor of the file, expert by expert where it is a stack.
 fn fill(
-    checkpoint: &Checkpoint,
+    source: &dyn TensorSource,
     plan: &Plan,
     options: &Options,
     planned: &PlannedTensor,
     sink: &mut TensorSink<'_>,
 ) -> Result<()> {
-    let Some(entry) = plan
-        .tensors()
-        .iter()
-        .find(|entry| entry.gguf == planned.name)
-    else {
-        return Err(Error::MissingTensor {
-            tensor: planned.name.clone(),
-            origin: checkpoint.origin.clone(),
-        });
-    };
-    let tensor = plan::read(checkpoint.weights.as_ref(), &entry.hf)?;
-    let importance = options.importance.as_ref();
-    Job {
-        name: &entry.hf,
-        tensor: &tensor,
-        to: entry.block_type,
-        importance: importance.and_then(|all| all.of(&entry.hf)),
+    let entries = plan.tensors().iter();
+    for entry in entries.filter(|entry| entry.gguf == planned.name) {
+        let tensor = plan::read(source, &entry.hf)?;
+        let importance = options.importance.as_ref();
+        Job {
+            name: &entry.hf,
+            tensor: &tensor,
+            to: entry.block_type,
+            importance: importance.and_then(|all| all.of(&entry.hf)),
+        }
+        .run::<Error>(|bytes| Ok(sink.write(bytes)?))?;
     }
-    .run(|bytes| Ok(sink.write(bytes)?))
+    Ok(())
 }
 
 /// The weights of another source in fewer bits, encoded tensor by tensor when they are asked for:
@@ -162,20 +164,16 @@ pub struct QuantizedSource {
 }
 
 impl QuantizedSource {
-    /// The weights of `checkpoint`, a model of `model_type` phi3.
+    /// The weights of `checkpoint`, a model of `model_type` phi3 or phimoe.
     ///
     /// # Errors
     /// [`Error`] for a model that [`write_gguf`] would refuse.
     pub fn new(checkpoint: &Checkpoint, mix: Mix, importance: Option<Importance>) -> Result<Self> {
-        let plan = Plan::new(
-            checkpoint.weights.as_ref(),
-            &checkpoint.config,
-            mix,
-            importance.as_ref(),
-        )?;
+        let inner = spelling::of_hub(&checkpoint.weights);
+        let plan = Plan::new(inner.as_ref(), &checkpoint.config, mix, importance.as_ref())?;
         warn_if_quantized(checkpoint);
         Ok(Self {
-            inner: Arc::clone(&checkpoint.weights),
+            inner,
             plan,
             importance,
         })

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 
 use super::error::{Error, Result};
 use super::mix::{Matrix, Mix};
-use crate::gguf::gguf_name;
+use crate::gguf::{Architecture, export, gguf_name_in};
 
 /// How much the columns of matrices matter: the mean square of the activation that meets each, by
 /// the Hugging Face name of the layer (`model.layers.0.mlp.down_proj`).
@@ -42,11 +42,14 @@ impl Importance {
     }
 }
 
-/// A tensor of the plan.
+/// A tensor of the plan: a tensor of the file, or the part of one that is an expert's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub hf: String,
     pub gguf: String,
+    /// Whether the file has it in a stack with those of the other experts, which follow each other
+    /// in the plan.
+    pub stacked: bool,
     pub shape: Vec<usize>,
     pub block_type: BlockType,
 }
@@ -64,20 +67,17 @@ impl Plan {
         mix: Mix,
         importance: Option<&Importance>,
     ) -> Result<Self> {
-        let model_type = config.get("model_type").and_then(Json::as_str);
-        if model_type != Some("phi3") {
-            return Err(Error::Config(format!(
-                "model_type {:?} cannot be quantized, only \"phi3\"",
-                model_type.unwrap_or("(none)")
-            )));
-        }
+        let architecture = export::architecture(config).map_err(Error::Config)?;
         let layers = config.get("num_hidden_layers").and_then(Json::as_u64);
         let layers = layers
             .and_then(|layers| usize::try_from(layers).ok())
             .ok_or_else(|| Error::Config("num_hidden_layers is no number".to_owned()))?;
         let tied = config.get("tie_word_embeddings").and_then(Json::as_bool) == Some(true);
         let names: BTreeSet<String> = source.names().into_iter().collect();
-        let wanted = expected(layers, tied, &names, source)?;
+        let wanted = match architecture {
+            Architecture::Phimoe => expected_moe(layers, config, &names, source)?,
+            Architecture::Phi3 | Architecture::Llama => expected(layers, tied, &names, source)?,
+        };
         let ignored =
             |name: &str| name.ends_with("rotary_emb.inv_freq") || tied && name == "lm_head.weight";
         for name in &names {
@@ -91,7 +91,7 @@ impl Plan {
         let mut entries = Vec::new();
         for hf in wanted {
             let tensor = read(source, &hf)?;
-            let gguf = gguf_name(&hf).ok_or_else(|| Error::UnexpectedTensor {
+            let gguf = gguf_name_in(architecture, &hf).ok_or_else(|| Error::UnexpectedTensor {
                 tensor: hf.clone(),
                 origin: source.origin(),
             })?;
@@ -125,6 +125,7 @@ impl Plan {
                 })
             };
             entries.push(Entry {
+                stacked: gguf.contains("_exps."),
                 hf,
                 gguf,
                 shape,
@@ -179,6 +180,61 @@ fn expected(
     if !tied {
         want("lm_head.weight".to_owned())?;
     }
+    Ok(wanted)
+}
+
+/// [`expected`] of a mixture of experts.
+fn expected_moe(
+    layers: usize,
+    config: &Json,
+    names: &BTreeSet<String>,
+    source: &dyn TensorSource,
+) -> Result<Vec<String>> {
+    let flag = |name: &str| config.get(name).and_then(Json::as_bool) == Some(true);
+    let experts = config.get("num_local_experts").and_then(Json::as_u64);
+    let mut wanted = Vec::new();
+    let mut want = |name: String| {
+        if names.contains(&name) {
+            wanted.push(name);
+            return Ok(());
+        }
+        Err(Error::MissingTensor {
+            tensor: name,
+            origin: source.origin(),
+        })
+    };
+    let both = |want: &mut dyn FnMut(String) -> Result<()>, name: &str, bias: bool| {
+        want(format!("{name}.weight"))?;
+        if bias {
+            want(format!("{name}.bias"))
+        } else {
+            Ok(())
+        }
+    };
+    want("model.embed_tokens.weight".to_owned())?;
+    for layer in 0..layers {
+        let layer = format!("model.layers.{layer}");
+        both(&mut want, &format!("{layer}.input_layernorm"), true)?;
+        for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            let name = format!("{layer}.self_attn.{name}");
+            both(&mut want, &name, flag("attention_bias"))?;
+        }
+        both(
+            &mut want,
+            &format!("{layer}.post_attention_layernorm"),
+            true,
+        )?;
+        let moe = format!("{layer}.block_sparse_moe");
+        want(format!("{moe}.gate.weight"))?;
+        for matrix in ["w1", "w3", "w2"] {
+            // The default of the reference's config class is 16.
+            for expert in 0..experts.unwrap_or(16) {
+                want(format!("{moe}.experts.{expert}.{matrix}.weight"))?;
+            }
+        }
+    }
+    both(&mut want, "model.norm", true)?;
+    both(&mut want, "lm_head", flag("lm_head_bias"))?;
     Ok(wanted)
 }
 

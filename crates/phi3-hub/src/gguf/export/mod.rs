@@ -7,7 +7,8 @@ use phi3_nn::rope::{LongRope, RopeKind, RopeScalingConfig};
 use serde::Deserialize;
 use serde_json::Value as Json;
 
-use super::names::{ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT};
+use super::moe;
+use super::names::{Architecture, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT};
 use super::value::Value;
 
 pub(crate) use tokenizer::tokenizer;
@@ -52,11 +53,28 @@ fn default_eps() -> f64 {
     1e-5
 }
 
-/// The metadata of a model of `model_type` phi3 whose weights are stored as `file_type` says.
+/// The architecture of a model that has this config.
+///
+/// # Errors
+/// A `model_type` that cannot be written.
+pub(crate) fn architecture(config: &Json) -> Result<Architecture, String> {
+    match config.get("model_type").and_then(Json::as_str) {
+        Some("phi3") => Ok(Architecture::Phi3),
+        Some("phimoe") => Ok(Architecture::Phimoe),
+        other => Err(format!(
+            "model_type {:?} cannot be quantized, only \"phi3\" and \"phimoe\"",
+            other.unwrap_or("(none)")
+        )),
+    }
+}
+
+/// The metadata of a model of `model_type` phi3 or phimoe whose weights are stored as `file_type` says.
 ///
 /// # Errors
 /// What is wrong with the config.
 pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadata, String> {
+    let architecture = architecture(config).unwrap_or(Architecture::Phi3);
+    let prefix = architecture.name();
     let raw = Config::deserialize(config).map_err(|error| error.to_string())?;
     let heads = raw.num_attention_heads;
     let head_dim = match raw.head_dim {
@@ -83,7 +101,15 @@ pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadat
         return Err(format!("partial_rotary_factor is {partial}, not in (0, 1]"));
     }
     let rotary_dim = (f64::from(head_dim) * partial) as u32;
-    let longrope = longrope(&raw, rope, rotary_dim)?;
+    let mut longrope = longrope(&raw, rope, rotary_dim)?;
+    let moe = architecture == Architecture::Phimoe;
+    if moe && let Some(longrope) = &mut longrope {
+        let stated = |name: &str, value: Option<f64>| {
+            value.ok_or_else(|| format!("rope_scaling.{name} is missing"))
+        };
+        longrope.short_mscale = stated("short_mscale", rope.short_mscale)?;
+        longrope.long_mscale = stated("long_mscale", rope.long_mscale)?;
+    }
     let trained = longrope.as_ref().map_or_else(
         || {
             raw.original_max_position_embeddings
@@ -93,7 +119,7 @@ pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadat
     );
 
     let mut values: Vec<(String, Value)> = vec![
-        ("general.architecture".to_owned(), "phi3".into()),
+        ("general.architecture".to_owned(), prefix.into()),
         ("general.type".to_owned(), "model".into()),
     ];
     if !name.is_empty() {
@@ -104,7 +130,7 @@ pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadat
         "general.quantization_version".to_owned(),
         QUANTIZATION_VERSION.into(),
     ));
-    let mut set = |key: &str, value: Value| values.push((format!("phi3.{key}"), value));
+    let mut set = |key: &str, value: Value| values.push((format!("{prefix}.{key}"), value));
     for (key, number) in [
         ("context_length", raw.max_position_embeddings),
         ("rope.scaling.original_context_length", trained),
@@ -131,8 +157,18 @@ pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadat
         "attention.layer_norm_rms_epsilon",
         (raw.rms_norm_eps as f32).into(),
     );
-    let theta = rope.rope_theta.or(raw.rope_theta).unwrap_or(10_000.0);
+    // The defaults of the reference's config classes.
+    let default_theta = if moe { 1e6 } else { 10_000.0 };
+    let theta = rope.rope_theta.or(raw.rope_theta).unwrap_or(default_theta);
     set("rope.freq_base", (theta as f32).into());
+    if moe {
+        let fields = moe::Fields::deserialize(config).map_err(|error| error.to_string())?;
+        let mscales = longrope.as_ref();
+        let mscales = mscales.map(|rope| [rope.short_mscale, rope.long_mscale]);
+        for (key, value) in fields.keys(mscales) {
+            set(key, value);
+        }
+    }
     let mut rope_factors = Vec::new();
     if let Some(rope) = longrope {
         set(

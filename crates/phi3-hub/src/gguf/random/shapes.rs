@@ -1,8 +1,10 @@
 //! The shapes of real models.
 
 use super::Error;
+use crate::gguf::moe::PUBLISHED_MSCALE;
+use crate::gguf::names::Architecture;
 
-/// Sizes of a model of architecture `phi3`.
+/// Sizes of a model of architecture `phi3`, or of `phimoe` where there are experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// What it is called: a folder under `models/`, or a size or context of such a model.
@@ -29,6 +31,8 @@ pub struct Shape {
     pub window: usize,
     /// Whether the output head is the embedding.
     pub tied: bool,
+    /// Experts of a layer, of which a token takes two; 0 for one feed-forward block.
+    pub experts: usize,
 }
 
 /// Phi-3-mini with 128k tokens of context: the weights have the shape of the 4k one's.
@@ -45,6 +49,7 @@ const PHI_3_MINI: Shape = Shape {
     trained: 4096,
     window: 0,
     tied: false,
+    experts: 0,
 };
 
 /// Phi-3-medium with 128k tokens of context.
@@ -62,7 +67,7 @@ const PHI_3_MEDIUM: Shape = Shape {
 /// All shapes, from config.json of the checkpoints. Where a checkpoint exists with 4k and 128k
 /// tokens of context, the plain name means the latter, whose attention sees every key; `-4k` has
 /// the window of 2047.
-pub const SHAPES: [Shape; 7] = [
+pub const SHAPES: [Shape; 9] = [
     PHI_3_MINI,
     Shape {
         name: "phi-3-mini-4k",
@@ -89,7 +94,16 @@ pub const SHAPES: [Shape; 7] = [
         tied: true,
         ..PHI_3_MINI
     },
-    // No real model: small enough for a test.
+    Shape {
+        name: "phi-3-5-moe",
+        hidden: 4096,
+        intermediate: 6400,
+        kv_heads: 8,
+        rotary_dim: 128,
+        experts: 16,
+        ..PHI_3_MINI
+    },
+    // No real models: small enough for a test.
     Shape {
         name: "tiny",
         hidden: 256,
@@ -103,10 +117,32 @@ pub const SHAPES: [Shape; 7] = [
         trained: 2048,
         window: 0,
         tied: false,
+        experts: 0,
+    },
+    Shape {
+        name: "tiny-moe",
+        hidden: 256,
+        intermediate: 256,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        rotary_dim: 64,
+        vocab: 512,
+        context: 8192,
+        trained: 2048,
+        experts: 8,
+        ..PHI_3_MINI
     },
 ];
 
 impl Shape {
+    pub(super) fn architecture(&self) -> Architecture {
+        match self.experts {
+            0 => Architecture::Phi3,
+            _ => Architecture::Phimoe,
+        }
+    }
+
     /// The shape of that name; dots and dashes are the same, and so are letters of either case.
     ///
     /// # Errors
@@ -121,9 +157,12 @@ impl Shape {
     }
 
     /// LongRoPE's √(1 + ln s / ln L) with s the factor by which the context grew from L; `None`
-    /// where it did not grow.
+    /// where it did not grow. Phi-3.5-MoE states another number.
     pub(super) fn attention_factor(&self) -> Option<f32> {
         let factor = self.context as f64 / self.trained as f64;
+        if self.experts > 0 {
+            return (factor > 1.0).then_some(PUBLISHED_MSCALE as f32);
+        }
         (factor > 1.0).then(|| (1.0 + factor.ln() / (self.trained as f64).ln()).sqrt() as f32)
     }
 

@@ -72,6 +72,8 @@ fn real_shapes_have_their_sizes() {
         ("phi-3.5-mini", "BF16", 7.64),
         ("phi-3-medium", "f16", 27.92),
         ("phi-4-mini", "F16", 7.67),
+        ("phi-3.5-moe", "Q4_0", 23.60),
+        ("phi-3.5-moe", "BF16", 83.75),
         // The report's 1.8 GB.
         ("phi-3-mini", "INT4", 1.94),
     ] {
@@ -81,6 +83,25 @@ fn real_shapes_have_their_sizes() {
             "{shape} {file_type}: {found}"
         );
     }
+}
+
+#[test]
+fn a_mixture_of_experts_is_made_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    let model = RandomModel::new("tiny-moe", "Q4_K_M".parse().unwrap(), None, 7).unwrap();
+    model.write(&path, |_| ()).unwrap();
+    assert!(model.is_at(&path));
+    let file = GgufFile::open(&path).unwrap();
+    assert_eq!(file.architecture().unwrap(), "phimoe");
+    let config = file.config().unwrap();
+    assert_eq!(config["num_local_experts"], 8);
+    assert_eq!(config["attention_bias"], true);
+    let weights = file.weights().unwrap();
+    let expert = "model.layers.1.block_sparse_moe.experts.7.w2.weight";
+    assert_eq!(weights.tensor(expert).unwrap().unwrap().shape(), [256, 256]);
+    let gate = weights.tensor("model.layers.0.block_sparse_moe.gate.weight");
+    assert_eq!(gate.unwrap().unwrap().parts()[0].block_type, BlockType::F32);
 }
 
 #[test]
