@@ -4,13 +4,13 @@ use std::ops::Deref;
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
-use crate::aarch64::Neon;
+use crate::aarch64::{Dotprod, Neon};
 use crate::backend::Kernels;
 use crate::scalar::Scalar;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 use crate::wasm32::Simd128;
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::Avx2;
+use crate::x86_64::{Avx2, Avx512Vnni, AvxVnni};
 
 /// A backend that this processor can run, with the operations of [`Kernels`].
 #[derive(Clone, Copy, Debug)]
@@ -20,9 +20,21 @@ pub(crate) enum Backend {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// AVX2 beside stand-ins for the instructions of VNNI.
+    #[cfg(all(target_arch = "x86_64", test))]
+    EmulatedVnni(crate::x86_64::Emulated),
+    /// AVX2 and AVX-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni(AvxVnni),
+    /// AVX2, AVX-512F and AVX-512 VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(Avx512Vnni),
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
+    /// NEON and dot products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    Dotprod(Dotprod),
     /// WebAssembly's vectors of 128 bits.
     #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
     Simd128(Simd128),
@@ -41,10 +53,18 @@ pub(crate) fn backend() -> Backend {
 pub(crate) fn available() -> Vec<Backend> {
     let all = [
         Some(Backend::Scalar),
+        #[cfg(all(target_arch = "x86_64", test))]
+        crate::x86_64::Emulated::new().map(Backend::EmulatedVnni),
         #[cfg(target_arch = "x86_64")]
         Avx2::new().map(Backend::Avx2),
+        #[cfg(target_arch = "x86_64")]
+        AvxVnni::new().map(Backend::AvxVnni),
+        #[cfg(target_arch = "x86_64")]
+        Avx512Vnni::new().map(Backend::Avx512Vnni),
         #[cfg(target_arch = "aarch64")]
         Neon::new().map(Backend::Neon),
+        #[cfg(target_arch = "aarch64")]
+        Dotprod::new().map(Backend::Dotprod),
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
         Some(Backend::Simd128(Simd128)),
     ];
@@ -59,8 +79,16 @@ impl Deref for Backend {
             Backend::Scalar => &Scalar,
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2(avx2) => avx2,
+            #[cfg(all(target_arch = "x86_64", test))]
+            Backend::EmulatedVnni(emulated) => emulated,
+            #[cfg(target_arch = "x86_64")]
+            Backend::AvxVnni(vnni) => vnni,
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512Vnni(vnni) => vnni,
             #[cfg(target_arch = "aarch64")]
             Backend::Neon(neon) => neon,
+            #[cfg(target_arch = "aarch64")]
+            Backend::Dotprod(dotprod) => dotprod,
             #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
             Backend::Simd128(simd128) => simd128,
         }
@@ -153,6 +181,32 @@ mod tests {
             for backend in available() {
                 assert_eq!(run(backend), expected, "{} {block_type}", backend.name());
             }
+        }
+    }
+
+    /// Where a processor lacks a backend, the tests of every backend leave it out; this says so.
+    #[test]
+    fn backends_that_this_processor_lacks_are_named() {
+        let compiled: &[&str] = if cfg!(target_arch = "x86_64") {
+            &["avx2", "avx-vnni", "avx512-vnni"]
+        } else if cfg!(target_arch = "aarch64") {
+            &["neon", "neon-dotprod"]
+        } else if cfg!(all(target_arch = "wasm32", target_feature = "simd128")) {
+            &["simd128"]
+        } else {
+            &[]
+        };
+        let available: Vec<&str> = available().iter().map(|b| b.name()).collect();
+        for name in compiled {
+            if !available.contains(name) {
+                println!("skipped: this processor has no {name}");
+            }
+        }
+        // Those that are there have names of their own, which choose them.
+        for name in &available {
+            assert_eq!(available.iter().filter(|n| n == &name).count(), 1);
+            let known = ["scalar", "emulated-vnni"].contains(name) || compiled.contains(name);
+            assert!(known, "{name} is missing above");
         }
     }
 

@@ -16,10 +16,19 @@ pub(crate) use decode::{IQ4_NL_VALUES, decode, f16_to_f32};
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use decode::q3_k_scales;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    target_arch = "wasm32"
+))]
 pub(crate) use int8::LANES as INT8_LANES;
 pub(crate) use int8::{int8_rows, quantize};
 pub(crate) use kernels::Scalar;
+#[cfg(any(
+    target_arch = "aarch64",
+    all(target_arch = "wasm32", target_feature = "simd128")
+))]
+pub(crate) use units::{Factors, Unit, unpack_row};
 
 use crate::MatrixRef;
 

@@ -1,13 +1,16 @@
 //! Backends for 64-bit ARM.
 
+mod integers;
 mod neon;
 
+pub(crate) use integers::Dotprod;
 pub(crate) use neon::Neon;
 
 use crate::MatrixRef;
+use crate::activations::Quantized;
 use crate::backend::{Kernels, Rows};
 use crate::scalar::Scalar;
-use crate::simd128::{attention, rows};
+use crate::simd128::{attention, int8, rows};
 
 /// What a backend gives, by the kernels for vectors of 128 bits.
 impl Kernels for Neon {
@@ -28,6 +31,10 @@ impl Kernels for Neon {
         out: &mut [f32],
     ) {
         rows::matmul_rows(*self, x, n, w, first_row, out);
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        int8::int8_rows(*self, *self, x, w, first_row, out);
     }
 
     fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
@@ -55,5 +62,20 @@ impl Kernels for Neon {
 
     fn narrow(&self, values: &[f32], out: &mut [u16]) {
         attention::narrow(*self, values, out);
+    }
+}
+
+/// NEON, and products of bytes by the dot-product instructions.
+impl Kernels for Dotprod {
+    fn name(&self) -> &'static str {
+        "neon-dotprod"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &self.neon
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        Dotprod::int8_rows(*self, x, w, first_row, out);
     }
 }

@@ -3,7 +3,8 @@
 //! The dot product of a block is an integer, exact in any order. What the float arithmetic does
 //! with it is fixed to the last bit, so that every backend gives the same result: see [`dot`].
 
-use super::units::Unit;
+use super::f16_to_f32;
+use super::units::{Unit, unpack_row};
 use crate::MatrixRef;
 use crate::activations::{MAX_QUANTIZED, Quantized, SUM_GROUP};
 
@@ -62,12 +63,13 @@ pub(crate) fn quantize(
 pub(crate) fn int8_rows(x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
     debug_assert_eq!(out.len(), x.n, "an output for every token");
     let rows = out.first().map_or(0, |out| out.len());
-    let block_bytes = w.block_type().block_bytes();
+    let mut q = vec![0; w.cols()];
     for i in 0..rows {
-        let blocks = w.row(first_row + i).chunks_exact(block_bytes);
-        let units: Vec<Unit> = blocks.map(|b| Unit::unpack(w.block_type(), b)).collect();
+        let mut units: Vec<Unit> = Vec::with_capacity(x.groups());
+        let row = w.row(first_row + i);
+        unpack_row(w.block_type(), row, &mut q, &mut units);
         for (t, out) in out.iter_mut().enumerate() {
-            out[i] = dot(&units, x, t);
+            out[i] = dot(&units, &q, x, t);
         }
     }
 }
@@ -78,30 +80,30 @@ pub(crate) fn int8_rows(x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: 
 ///
 /// Every product with `a_i` and `b_i` is a fused multiply-add onto partial sum `i % LANES`; the
 /// partial sums are added in order.
-fn dot(units: &[Unit], x: &Quantized, t: usize) -> f32 {
+fn dot(units: &[Unit], q: &[i8], x: &Quantized, t: usize) -> f32 {
+    let q = q.chunks_exact(x.group);
     let values = x.values[t * x.cols..][..x.cols].chunks_exact(x.group);
     let scales = &x.scales[t * x.groups()..][..x.groups()];
     let sums = x.sums[t * x.cols / SUM_GROUP..].chunks_exact(x.group / SUM_GROUP);
     let mut lanes = [0.0f32; LANES];
-    for (i, (((unit, values), scale), sums)) in
-        units.iter().zip(values).zip(scales).zip(sums).enumerate()
-    {
-        let (a, b) = integers(unit, values, sums);
+    let blocks = units.iter().zip(q).zip(values).zip(scales).zip(sums);
+    for (i, ((((unit, q), values), scale), sums)) in blocks.enumerate() {
+        let (a, b) = integers(unit, q, values, sums);
         let lane = &mut lanes[i % LANES];
-        *lane = (unit.d * scale).mul_add(a as f32, *lane);
-        if let Some(dmin) = unit.dmin {
-            *lane = (-(dmin * scale)).mul_add(b as f32, *lane);
+        *lane = (f16_to_f32(unit.d) * scale).mul_add(a as f32, *lane);
+        if let Some(minus_dmin) = unit.minus_dmin {
+            *lane = (f16_to_f32(minus_dmin) * scale).mul_add(b as f32, *lane);
         }
     }
     lanes.iter().fold(0.0, |sum, lane| sum + lane)
 }
 
 /// The integer parts of a block. The largest `|a|`, that of Q6_K, is 2^27.
-fn integers(unit: &Unit, values: &[i8], sums: &[i16]) -> (i32, i32) {
+fn integers(unit: &Unit, q: &[i8], values: &[i8], sums: &[i16]) -> (i32, i32) {
     let (mut a, mut b) = (0, 0);
     let groups = values.chunks_exact(SUM_GROUP).zip(sums);
     for (g, (values, sum)) in groups.enumerate() {
-        let q = &unit.q[g * SUM_GROUP..][..SUM_GROUP];
+        let q = &q[g * SUM_GROUP..][..SUM_GROUP];
         let products = q
             .iter()
             .zip(values)

@@ -6,6 +6,7 @@
 //! with closures wherever the instructions matter.
 
 pub(crate) mod attention;
+pub(crate) mod int8;
 pub(crate) mod rows;
 
 /// Vectors of four f32, and what the kernels do with them.

@@ -5,9 +5,10 @@ mod simd128;
 pub(crate) use simd128::Simd128;
 
 use crate::MatrixRef;
+use crate::activations::Quantized;
 use crate::backend::{Kernels, Rows};
 use crate::scalar::Scalar;
-use crate::simd128::{attention, rows};
+use crate::simd128::{attention, int8, rows};
 
 /// What a backend gives, by the kernels for vectors of 128 bits.
 impl Kernels for Simd128 {
@@ -28,6 +29,10 @@ impl Kernels for Simd128 {
         out: &mut [f32],
     ) {
         rows::matmul_rows(*self, x, n, w, first_row, out);
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        int8::int8_rows(*self, *self, x, w, first_row, out);
     }
 
     fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {

@@ -7,6 +7,7 @@ use std::arch::wasm32::*;
 use std::mem::transmute;
 
 use crate::simd128::Vectors;
+use crate::simd128::int8::{Dot, IntegerVectors};
 
 /// The instructions that this file was compiled for.
 #[derive(Clone, Copy, Debug)]
@@ -135,4 +136,111 @@ fn add_pairs(a: v128, b: v128) -> v128 {
     let even = i32x4_shuffle::<0, 2, 4, 6>(a, b);
     let odd = i32x4_shuffle::<1, 3, 5, 7>(a, b);
     f32x4_add(even, odd)
+}
+
+impl IntegerVectors for Simd128 {
+    type I8 = v128;
+    type I32 = v128;
+
+    #[inline(always)]
+    fn load_i8(self, sixteen: &[i8; 16]) -> v128 {
+        // SAFETY: both types are sixteen bytes in the same order, and any bits are valid in them.
+        unsafe { transmute::<[i8; 16], v128>(*sixteen) }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> v128 {
+        i32x4_splat(0)
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, sum: v128, w: &[i16; 8], x: &[i16; 8]) -> v128 {
+        i32x4_add(sum, i32x4_dot_i16x8(load_i16(w), load_i16(x)))
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, sum: v128, v: v128, factor: i16) -> v128 {
+        i32x4_add(sum, i32x4_mul(v, i32x4_splat(i32::from(factor))))
+    }
+
+    #[inline(always)]
+    fn sum_each_i32(self, [a, b, c, d]: [v128; 4]) -> v128 {
+        add_pairs_i32(add_pairs_i32(a, b), add_pairs_i32(c, d))
+    }
+
+    #[inline(always)]
+    fn sum_pairs(self, eight: &[i16; 8]) -> v128 {
+        i32x4_extadd_pairwise_i16x8(load_i16(eight))
+    }
+
+    #[inline(always)]
+    fn to_f32(self, v: v128) -> v128 {
+        f32x4_convert_i32x4(v)
+    }
+
+    #[inline(always)]
+    fn fused(self, a: v128, b: v128, c: v128) -> v128 {
+        let low = fused_in_f64(low_f64(a), low_f64(b), low_f64(c));
+        let high = |v| low_f64(i64x2_shuffle::<1, 1>(v, v));
+        let high = fused_in_f64(high(a), high(b), high(c));
+        i64x2_shuffle::<0, 2>(f32x4_demote_f64x2_zero(low), f32x4_demote_f64x2_zero(high))
+    }
+}
+
+impl Dot<Simd128> for Simd128 {
+    /// Two products fit i16: `2 * 128 * 127`.
+    #[inline(always)]
+    fn dot(self, sum: v128, w: v128, x: v128) -> v128 {
+        let both = i16x8_add(i16x8_extmul_low_i8x16(w, x), i16x8_extmul_high_i8x16(w, x));
+        i32x4_add(sum, i32x4_extadd_pairwise_i16x8(both))
+    }
+}
+
+#[inline(always)]
+fn load_i16(eight: &[i16; 8]) -> v128 {
+    // SAFETY: both types are sixteen bytes in the same order, and any bits are valid in them.
+    unsafe { transmute::<[i16; 8], v128>(*eight) }
+}
+
+#[inline(always)]
+fn add_pairs_i32(a: v128, b: v128) -> v128 {
+    let even = i32x4_shuffle::<0, 2, 4, 6>(a, b);
+    let odd = i32x4_shuffle::<1, 3, 5, 7>(a, b);
+    i32x4_add(even, odd)
+}
+
+/// The lower two f32.
+#[inline(always)]
+fn low_f64(v: v128) -> v128 {
+    f64x2_promote_low_f32x4(v)
+}
+
+/// `a * b + c` of numbers that were f32, rounded so that rounding once more to f32 gives what
+/// rounding once would have: to a neighbor whose last bit is 1 where it is not exact (Boldo and
+/// Melquiond, 2008).
+#[inline(always)]
+fn fused_in_f64(a: v128, b: v128, c: v128) -> v128 {
+    // Twice 24 bits fit the 53 of f64: exact.
+    let product = f64x2_mul(a, b);
+    let sum = f64x2_add(product, c);
+    // What the sum lacks, exactly (Knuth).
+    let c_part = f64x2_sub(sum, product);
+    let product_part = f64x2_sub(sum, c_part);
+    let error = f64x2_add(f64x2_sub(product, product_part), f64x2_sub(c, c_part));
+    // An even sum that is too small in magnitude goes up to the next number, one that is too
+    // large down. Infinities and NaN have the error NaN and stay.
+    let zero = f64x2_splat(0.0);
+    let too_small = v128_or(
+        v128_and(f64x2_gt(sum, zero), f64x2_gt(error, zero)),
+        v128_and(f64x2_lt(sum, zero), f64x2_lt(error, zero)),
+    );
+    let too_large = v128_or(
+        v128_and(f64x2_gt(sum, zero), f64x2_lt(error, zero)),
+        v128_and(f64x2_lt(sum, zero), f64x2_gt(error, zero)),
+    );
+    let is_even = i64x2_eq(v128_and(sum, i64x2_splat(1)), i64x2_splat(0));
+    // As integers, masks are -1.
+    let up = v128_and(too_small, is_even);
+    let down = v128_and(too_large, is_even);
+    i64x2_add(i64x2_sub(sum, up), down)
 }

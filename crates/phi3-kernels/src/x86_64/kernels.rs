@@ -1,6 +1,6 @@
 //! What the backends for x86-64 give.
 
-use super::Avx2;
+use super::{Avx2, Avx512Vnni, AvxVnni, vnni};
 use crate::MatrixRef;
 use crate::activations::Quantized;
 use crate::backend::{Kernels, Rows};
@@ -70,5 +70,35 @@ impl Kernels for Avx2 {
 
     fn narrow(&self, values: &[f32], out: &mut [u16]) {
         Avx2::narrow(*self, values, out);
+    }
+}
+
+/// AVX2, and products with many tokens by VNNI.
+impl Kernels for AvxVnni {
+    fn name(&self) -> &'static str {
+        "avx-vnni"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &self.avx2
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        vnni::int8_rows(*self, x, w, first_row, out);
+    }
+}
+
+/// AVX2, and products with many tokens by VNNI in vectors of 512 bits.
+impl Kernels for Avx512Vnni {
+    fn name(&self) -> &'static str {
+        "avx512-vnni"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &self.avx2
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        vnni::int8_rows(*self, x, w, first_row, out);
     }
 }

@@ -10,6 +10,10 @@ mod kernels;
 mod layouts;
 mod micro;
 mod vector;
+mod vnni;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use layouts::Layouts;
+#[cfg(test)]
+pub(crate) use vnni::Emulated;
+pub(crate) use vnni::{Avx512Vnni, AvxVnni};
