@@ -13,10 +13,10 @@
 use std::arch::x86_64::*;
 
 use super::blocks::{
-    factors, half_factors, has_minimum, is_signed, offset_shift, single, sums_in_i16, superblock,
+    factors, half_factors, has_minimum, offset_shift, single, sums_in_i16, superblock,
 };
 use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len};
-use super::micro::{self, Integers, Lanes, Scales, Weights};
+use super::micro::{self, Integers, Lanes, Scales, Sums, Weights};
 use super::vector::{from_f16, load, load_f32, prefetch, store, store_f32, store_i16, transpose};
 use crate::MatrixRef;
 use crate::activations::Quantized;
@@ -60,6 +60,62 @@ const EMPTY_SUPER_PANEL: SuperPanel = SuperPanel {
     dmin: [[0.0; 8]; 2],
 };
 
+/// Sums of nothing.
+pub(super) const NO_LANES: Lanes = Sums([[[0.0; 8]; 2]; TILE]);
+
+const NO_INTEGERS: Integers = Sums([[[0; 8]; 2]; TILE]);
+
+/// Panel by panel, and in a panel one partial sum after the other: unpacks as many of its blocks as
+/// stay in the first-level cache, and multiplies all tokens with them.
+macro_rules! panels {
+    (
+        $x:ident, $w:ident, $first_row:ident, $out:ident, $bytes:ident,
+        $tiles:ident, $empty:ident, $at_once:expr, $unpack:expr, $multiply:expr $(,)?
+    ) => {
+        let groups = $x.groups();
+        let tiles = $x.n.div_ceil(TILE);
+        let x = Layouts::$tiles($x);
+        let rows = $out.first().map_or(0, |out| out.len());
+        let mut panel = vec![$empty; groups.div_ceil(LANES).min($at_once)];
+        let mut sums: Vec<Lanes> = vec![NO_LANES; tiles];
+        let mut lanes = sums.clone();
+        for start in (0..rows).step_by(PANEL_ROWS) {
+            let panel_rows = panel_rows::<$bytes>($w, $first_row + start, rows - start);
+            let mut ahead = Ahead::new($w, $first_row + start, groups);
+            sums.fill(NO_LANES);
+            let mut rest = x;
+            for class in 0..LANES.min(groups) {
+                let len = class_len(groups, class);
+                let of_class;
+                (of_class, rest) = rest.split_at(len * tiles);
+                for first in (0..len).step_by($at_once) {
+                    let end = len.min(first + $at_once);
+                    for i in first..end {
+                        ahead.go_on();
+                        $unpack(&panel_rows, class + i * LANES, &mut panel[i - first]);
+                    }
+                    let tiles = of_class.chunks_exact(len).zip(&mut lanes).zip(&mut sums);
+                    for ((x, lanes), sums) in tiles {
+                        let mut part = if first == 0 { NO_LANES } else { *lanes };
+                        $multiply(&panel[..end - first], &x[first..end], &mut part);
+                        if end == len {
+                            add(&part, sums);
+                        } else {
+                            *lanes = part;
+                        }
+                    }
+                }
+            }
+            bring_home(&sums, start, $out);
+        }
+    };
+}
+pub(super) use panels;
+
+/// Blocks of 32, or of 256, of a panel that are unpacked at once.
+const AT_ONCE: usize = 32;
+const SUPER_AT_ONCE: usize = 4;
+
 /// [`scalar::int8_rows`](crate::scalar::int8_rows) for types with blocks of 32.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn rows<const ID: u32, const BYTES: usize>(
@@ -68,35 +124,22 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
     first_row: usize,
     out: &mut [&mut [f32]],
 ) {
-    let groups = x.groups();
-    let tiles = x.n.div_ceil(TILE);
-    let x = Layouts::tiles(x);
-    let rows = out.first().map_or(0, |out| out.len());
-    let mut panel = vec![EMPTY_PANEL; groups.div_ceil(LANES)];
-    let mut sums: Vec<Lanes> = vec![[[[0.0; 8]; 2]; TILE]; tiles];
-    for start in (0..rows).step_by(PANEL_ROWS) {
-        let panel_rows = panel_rows::<BYTES>(w, first_row + start, rows - start);
-        let mut ahead = Ahead::new(w, first_row + start, groups);
-        sums.fill([[[0.0; 8]; 2]; TILE]);
-        let mut rest = x;
-        for class in 0..LANES.min(groups) {
-            let len = class_len(groups, class);
-            for (i, panel) in panel.iter_mut().enumerate().take(len) {
-                ahead.go_on();
-                unpack::<ID, BYTES>(&panel_rows, class + i * LANES, panel);
-            }
-            let of_class;
-            (of_class, rest) = rest.split_at(len * tiles);
-            for (x, sums) in of_class.chunks_exact(len).zip(&mut sums) {
-                multiply::<ID>(&panel[..len], x, sums);
-            }
-        }
-        bring_home(&sums, start, out);
-    }
+    panels!(
+        x,
+        w,
+        first_row,
+        out,
+        BYTES,
+        tiles,
+        EMPTY_PANEL,
+        AT_ONCE,
+        unpack::<ID, BYTES>,
+        multiply::<ID>,
+    );
 }
 
 /// The blocks of the rows of a panel; the last row again where the matrix has no more.
-fn panel_rows<'a, const BYTES: usize>(
+pub(super) fn panel_rows<'a, const BYTES: usize>(
     w: MatrixRef<'a>,
     first: usize,
     rows: usize,
@@ -105,7 +148,7 @@ fn panel_rows<'a, const BYTES: usize>(
 }
 
 /// Asks for the next panel's weights, which lie behind this one's, piece by piece.
-struct Ahead<'a> {
+pub(super) struct Ahead<'a> {
     rest: &'a [u8],
     piece: usize,
     distance: usize,
@@ -113,7 +156,7 @@ struct Ahead<'a> {
 
 impl<'a> Ahead<'a> {
     /// For a panel that starts at row `first` and is used in `pieces` steps.
-    fn new(w: MatrixRef<'a>, first: usize, pieces: usize) -> Self {
+    pub(super) fn new(w: MatrixRef<'a>, first: usize, pieces: usize) -> Self {
         let rows = PANEL_ROWS.min(w.rows() - first);
         let row_bytes = w.row(first).len();
         let rest = &w.bytes()[first * row_bytes..][..rows * row_bytes];
@@ -126,16 +169,16 @@ impl<'a> Ahead<'a> {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn go_on(&mut self) {
+    pub(super) fn go_on(&mut self) {
         let (piece, rest) = self.rest.split_at(self.piece.min(self.rest.len()));
         prefetch::<_MM_HINT_T1>(piece, self.distance);
         self.rest = rest;
     }
 }
 
-fn bring_home(sums: &[Lanes], start: usize, out: &mut [&mut [f32]]) {
+pub(super) fn bring_home(sums: &[Lanes], start: usize, out: &mut [&mut [f32]]) {
     for (t, out) in out.iter_mut().enumerate() {
-        let sums = sums[t / TILE][t % TILE].as_flattened();
+        let sums = sums[t / TILE].0[t % TILE].as_flattened();
         let rows = PANEL_ROWS.min(out.len() - start);
         out[start..start + rows].copy_from_slice(&sums[..rows]);
     }
@@ -165,13 +208,12 @@ fn unpack<const ID: u32, const BYTES: usize>(
     }
 }
 
-/// Adds the blocks of a partial sum, in order, to `sums`.
+/// Adds blocks of a partial sum, in order, to `lanes`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply<const ID: u32>(w: &[Panel], x: &[Tile], sums: &mut Lanes) {
+fn multiply<const ID: u32>(w: &[Panel], x: &[Tile], lanes: &mut Lanes) {
     if ID == super::blocks::Q4_0 {
-        return multiply_four_bit(w, x, sums);
+        return multiply_four_bit(w, x, lanes);
     }
-    let mut lanes = [[[0.0; 8]; 2]; TILE];
     let x = &x[..w.len()];
     for i in 0..w.len() {
         let (w, x) = (&w[i], &x[i]);
@@ -180,47 +222,41 @@ fn multiply<const ID: u32>(w: &[Panel], x: &[Tile], sums: &mut Lanes) {
             let scale = _mm256_set1_ps(x.scales[t]);
             let x_sum = _mm256_set1_epi32(x.sums[t]);
             for half in 0..2 {
-                let mut a = load(&a[t][half]);
+                let mut a = load(&a.0[t][half]);
                 if let Some(shift) = offset_shift(ID) {
                     let offset = _mm256_sll_epi32(x_sum, _mm_cvtsi32_si128(shift));
                     a = _mm256_sub_epi32(a, offset);
                 }
                 let d = _mm256_mul_ps(load_f32(&w.d[half]), scale);
-                let mut sum = load_f32(&lanes[t][half]);
+                let mut sum = load_f32(&lanes.0[t][half]);
                 sum = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(a), sum);
                 if has_minimum(ID) {
                     let m = _mm256_mul_ps(load_f32(&w.m[half]), scale);
                     let b = _mm256_cvtepi32_ps(x_sum);
                     sum = _mm256_fmadd_ps(m, b, sum);
                 }
-                lanes[t][half] = store_f32(sum);
+                lanes.0[t][half] = store_f32(sum);
             }
         }
     }
-    add(&lanes, sums);
 }
 
 /// [`multiply`] for Q4_0.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn multiply_four_bit(w: &[Panel], x: &[Tile], sums: &mut Lanes) {
-    let mut lanes = [[[0.0; 8]; 2]; TILE];
+fn multiply_four_bit(w: &[Panel], x: &[Tile], lanes: &mut Lanes) {
     let x = &x[..w.len()];
     for i in 0..w.len() {
-        micro::add_four_bit::<3>(&w[i].q, &w[i].d, &x[i], &mut lanes);
+        micro::add_four_bit::<3>(&w[i].q, &w[i].d, &x[i], lanes);
     }
-    add(&lanes, sums);
 }
 
 /// Dot products of 32 columns, for sixteen rows and four tokens.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn products<const ID: u32>(w: &[Weights; 8], x: &[[i32; TILE]; 8]) -> Integers {
-    if is_signed(ID) {
-        return micro::signed(w, x);
-    }
     let chain = sums_in_i16(ID);
-    let mut a = [[[0; 8]; 2]; TILE];
+    let mut a = NO_INTEGERS;
     let mut first = 0;
     while first < 8 {
         let columns = first..first + chain;
@@ -232,11 +268,11 @@ fn products<const ID: u32>(w: &[Weights; 8], x: &[[i32; TILE]; 8]) -> Integers {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add(lanes: &Lanes, sums: &mut Lanes) {
+pub(super) fn add(lanes: &Lanes, sums: &mut Lanes) {
     for t in 0..TILE {
         for half in 0..2 {
-            let sum = _mm256_add_ps(load_f32(&sums[t][half]), load_f32(&lanes[t][half]));
-            sums[t][half] = store_f32(sum);
+            let sum = _mm256_add_ps(load_f32(&sums.0[t][half]), load_f32(&lanes.0[t][half]));
+            sums.0[t][half] = store_f32(sum);
         }
     }
 }
@@ -249,31 +285,18 @@ pub(super) fn super_rows<const ID: u32, const BYTES: usize>(
     first_row: usize,
     out: &mut [&mut [f32]],
 ) {
-    let groups = x.groups();
-    let tiles = x.n.div_ceil(TILE);
-    let x = Layouts::supertiles(x);
-    let rows = out.first().map_or(0, |out| out.len());
-    let mut panel = vec![EMPTY_SUPER_PANEL; groups.div_ceil(LANES)];
-    let mut sums: Vec<Lanes> = vec![[[[0.0; 8]; 2]; TILE]; tiles];
-    for start in (0..rows).step_by(PANEL_ROWS) {
-        let panel_rows = panel_rows::<BYTES>(w, first_row + start, rows - start);
-        let mut ahead = Ahead::new(w, first_row + start, groups);
-        sums.fill([[[0.0; 8]; 2]; TILE]);
-        let mut rest = x;
-        for class in 0..LANES.min(groups) {
-            let len = class_len(groups, class);
-            for (i, panel) in panel.iter_mut().enumerate().take(len) {
-                ahead.go_on();
-                unpack_super::<ID, BYTES>(&panel_rows, class + i * LANES, panel);
-            }
-            let of_class;
-            (of_class, rest) = rest.split_at(len * tiles);
-            for (x, sums) in of_class.chunks_exact(len).zip(&mut sums) {
-                multiply_super::<ID>(&panel[..len], x, sums);
-            }
-        }
-        bring_home(&sums, start, out);
-    }
+    panels!(
+        x,
+        w,
+        first_row,
+        out,
+        BYTES,
+        supertiles,
+        EMPTY_SUPER_PANEL,
+        SUPER_AT_ONCE,
+        unpack_super::<ID, BYTES>,
+        multiply_super::<ID>,
+    );
 }
 
 /// Whether a scale and a minimum hold for 32 weights rather than sixteen.
@@ -334,12 +357,11 @@ fn unpack_super<const ID: u32, const BYTES: usize>(
 
 /// As [`multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], sums: &mut Lanes) {
-    let mut lanes = [[[0.0; 8]; 2]; TILE];
+fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], lanes: &mut Lanes) {
     let x = &x[..w.len()];
     for i in 0..w.len() {
         let (w, x) = (&w[i], &x[i]);
-        let mut a = [[[0; 8]; 2]; TILE];
+        let mut a = NO_INTEGERS;
         for g in 0..8 {
             add_group::<ID>(&w.q[g], &x.values[g], &w.scales, g, &mut a);
         }
@@ -351,22 +373,21 @@ fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], sums: &mut L
         for t in 0..TILE {
             let scale = _mm256_set1_ps(x.scales[t]);
             for half in 0..2 {
-                let mut a = load(&a[t][half]);
+                let mut a = load(&a.0[t][half]);
                 if offset_shift(ID).is_some() {
                     a = _mm256_sub_epi32(a, b[t][half]);
                 }
                 let d = _mm256_mul_ps(load_f32(&w.d[half]), scale);
-                let mut sum = load_f32(&lanes[t][half]);
+                let mut sum = load_f32(&lanes.0[t][half]);
                 sum = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(a), sum);
                 if has_minimum(ID) {
                     let m = _mm256_mul_ps(load_f32(&w.dmin[half]), scale);
                     sum = _mm256_fnmadd_ps(m, _mm256_cvtepi32_ps(b[t][half]), sum);
                 }
-                lanes[t][half] = store_f32(sum);
+                lanes.0[t][half] = store_f32(sum);
             }
         }
     }
-    add(&lanes, sums);
 }
 
 /// Adds 32 columns, times their scales.

@@ -22,6 +22,7 @@ pub(crate) struct Layouts {
     superblocks: OnceLock<Vec<Superblock>>,
     tiles: OnceLock<Vec<Tile>>,
     supertiles: OnceLock<Vec<SuperTile>>,
+    wide_tiles: OnceLock<Vec<WideTile>>,
 }
 
 /// Eight successive groups of 32 of one token, filled up with zeros at its end.
@@ -64,6 +65,15 @@ pub(super) struct SuperTile {
     pub(super) sums_16: [[i32; TILE]; 8],
     /// The same of 32 values.
     pub(super) sums_32: [[i32; TILE]; 4],
+    pub(super) scales: [f32; TILE],
+}
+
+/// [`Tile`] in sixteen bits.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub(super) struct WideTile {
+    /// Two values of a token to a dword, as [`pairs`] chooses them: `[c / 2][token]`.
+    pub(super) values: [[i32; TILE]; 16],
     pub(super) scales: [f32; TILE],
 }
 
@@ -112,8 +122,6 @@ impl Layouts {
                     tile.values[i / 8][i % 8][k] = dword_of(dword);
                 }
                 tile.scales[k] = token.scale;
-                let pair =
-                    |low: i16, high: i16| i32::from(high) << 16 | i32::from(low.cast_unsigned());
                 let (pairs, _) = token.sums.as_chunks::<2>();
                 for (to, [a, b]) in tile.sums_16.iter_mut().zip(pairs) {
                     to[k] = pair(*a, *b);
@@ -125,6 +133,33 @@ impl Layouts {
             })
         })
     }
+
+    /// In the order of [`class_order`].
+    pub(super) fn wide_tiles(x: &Quantized) -> &[WideTile] {
+        x.avx2.wide_tiles.get_or_init(|| {
+            let empty = WideTile {
+                values: [[0; TILE]; 16],
+                scales: [0.0; TILE],
+            };
+            class_order(x, empty, |tile, token| {
+                let to = tile.values.as_chunks_mut::<2>().0;
+                for ([first, second], dword) in to.iter_mut().zip(token.dwords) {
+                    [first[token.lane], second[token.lane]] = pairs(*dword);
+                }
+                tile.scales[token.lane] = token.scale;
+            })
+        })
+    }
+}
+
+/// The tiles of wide layouts: columns 0 and 2, then 1 and 3 of each four, which is how shifts
+/// take bytes apart.
+fn pairs([a, b, c, d]: [i8; 4]) -> [i32; 2] {
+    [pair(a.into(), c.into()), pair(b.into(), d.into())]
+}
+
+fn pair(low: i16, high: i16) -> i32 {
+    i32::from(high) << 16 | i32::from(low.cast_unsigned())
 }
 
 /// The groups of a token whose products go to partial sum `class`, of `groups`.

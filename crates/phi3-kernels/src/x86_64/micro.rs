@@ -8,19 +8,28 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::layouts::{TILE, Tile};
-use super::vector::store_i32;
 
-/// Partial sums of a panel and a tile: for each token those of eight rows and of eight more.
-pub(super) type Lanes = [[[f32; 8]; 2]; TILE];
+/// Sums of a panel and a tile: for each token those of eight rows and of eight more. They are
+/// aligned, because they are read soon after they are written, and a vector that lies in two lines
+/// of the cache takes several times as long.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(super) struct Sums<T>(pub(super) [[[T; 8]; 2]; TILE]);
 
-/// Integer sums of a panel and a tile, as [`Lanes`].
-pub(super) type Integers = [[[i32; 8]; 2]; TILE];
+/// Partial sums.
+pub(super) type Lanes = Sums<f32>;
+
+/// Sums inside a block.
+pub(super) type Integers = Sums<i32>;
 
 /// A scale of each row of a panel, twice.
 pub(super) type Scales = [[[i16; 2]; 8]; 2];
 
 /// Four successive columns: of sixteen rows, eight to a vector.
 pub(super) type Weights = [[u8; 32]; 2];
+
+/// Two columns in sixteen bits: of sixteen rows, eight to a vector.
+pub(super) type Pairs = [[i16; 16]; 2];
 
 /// Two vectors of weights.
 macro_rules! weights {
@@ -115,31 +124,6 @@ macro_rules! go_on_pairs {
     };
 }
 
-/// Signed weights times one token, widened and added in 32 bits.
-macro_rules! signed {
-    ($c:literal, $t:literal, $a:literal, $b:literal) => {
-        concat!(
-            token!($c, $t),
-            "vpsignb {p0}, {b}, {w0}\n",
-            "vpsignb {b}, {b}, {w1}\n",
-            "vpmaddubsw {p0}, {p1}, {p0}\n",
-            "vpmaddubsw {b}, {p2}, {b}\n",
-            "vpmaddwd {p0}, {p0}, {ones}\n",
-            "vpmaddwd {b}, {b}, {ones}\n",
-            "vpaddd ",
-            $a,
-            ", ",
-            $a,
-            ", {p0}\n",
-            "vpaddd ",
-            $b,
-            ", ",
-            $b,
-            ", {b}\n",
-        )
-    };
-}
-
 /// Four columns times four tokens.
 macro_rules! columns {
     ($c:literal, $step:ident) => {
@@ -213,7 +197,7 @@ macro_rules! chain {
                 w = in(reg) $w.as_ptr(),
                 x = in(reg) $x.as_ptr(),
                 scales = in(reg) $scales.as_ptr(),
-                integers = in(reg) $integers.as_mut_ptr(),
+                integers = in(reg) $integers.0.as_mut_ptr(),
                 w0 = out(ymm_reg) _,
                 w1 = out(ymm_reg) _,
                 b = out(ymm_reg) _,
@@ -334,7 +318,7 @@ pub(super) fn add_four_bit<const SHIFT: i32>(
             x = in(reg) x.values.as_ptr(),
             scales = in(reg) x.scales.as_ptr(),
             sums = in(reg) x.sums.as_ptr(),
-            lanes = in(reg) lanes.as_mut_ptr(),
+            lanes = in(reg) lanes.0.as_mut_ptr(),
             w0 = out(ymm_reg) _,
             w1 = out(ymm_reg) _,
             b = out(ymm_reg) _,
@@ -426,11 +410,15 @@ pub(super) fn minima(w: &[Scales], x: &[[i32; TILE]]) -> [[__m256i; 2]; TILE] {
     }
 }
 
-/// Products of signed weight bytes and activations, none of those -128, summed over 32 columns.
+/// Products of weights and activations of sixteen bits, two columns to a lane.
+///
+/// # Panics
+/// When `w` and `x` differ in length, are empty, or are not whole fours of pairs.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn signed(w: &[Weights; 8], x: &[[i32; TILE]; 8]) -> Integers {
-    let ones = _mm256_set1_epi16(1);
+pub(super) fn wide(w: &[Pairs], x: &[[i32; TILE]]) -> [[__m256i; 2]; TILE] {
+    assert!(w.len() == x.len(), "as many columns of both");
+    assert!(!w.is_empty() && w.len().is_multiple_of(4), "fours of pairs");
     let zero = _mm256_setzero_si256();
     let [
         mut a0,
@@ -442,40 +430,36 @@ pub(super) fn signed(w: &[Weights; 8], x: &[[i32; TILE]; 8]) -> Integers {
         mut a6,
         mut a7,
     ] = [zero; 8];
-    for (w, x) in w.iter().zip(x) {
-        // SAFETY: the code reads 64 bytes of `w` and 16 of `x`, which the types have; it writes
-        // the named registers alone.
-        unsafe {
-            asm!(
-                weights!("0"),
-                "vpabsb {p1}, {w0}",
-                "vpabsb {p2}, {w1}",
-                columns!("0", signed),
-                w = in(reg) w.as_ptr(),
-                x = in(reg) x.as_ptr(),
-                ones = in(ymm_reg) ones,
-                w0 = out(ymm_reg) _,
-                w1 = out(ymm_reg) _,
-                b = out(ymm_reg) _,
-                p0 = out(ymm_reg) _,
-                p1 = out(ymm_reg) _,
-                p2 = out(ymm_reg) _,
-                a0 = inout(ymm_reg) a0,
-                a1 = inout(ymm_reg) a1,
-                a2 = inout(ymm_reg) a2,
-                a3 = inout(ymm_reg) a3,
-                a4 = inout(ymm_reg) a4,
-                a5 = inout(ymm_reg) a5,
-                a6 = inout(ymm_reg) a6,
-                a7 = inout(ymm_reg) a7,
-                options(pure, readonly, nostack, preserves_flags),
-            );
-        }
+    // SAFETY: each round of the loop reads 256 bytes of `w` and 64 of `x`, four elements of both,
+    // and there are as many rounds as fours; the code writes the named registers alone.
+    unsafe {
+        asm!(
+            "2:",
+            weights!("0"), columns!("0", go_on_pairs),
+            weights!("1"), columns!("1", go_on_pairs),
+            weights!("2"), columns!("2", go_on_pairs),
+            weights!("3"), columns!("3", go_on_pairs),
+            "add {w}, 256",
+            "add {x}, 64",
+            "dec {fours}",
+            "jnz 2b",
+            w = inout(reg) w.as_ptr() => _,
+            x = inout(reg) x.as_ptr() => _,
+            fours = inout(reg) w.len() / 4 => _,
+            w0 = out(ymm_reg) _,
+            w1 = out(ymm_reg) _,
+            b = out(ymm_reg) _,
+            p0 = out(ymm_reg) _,
+            a0 = inout(ymm_reg) a0,
+            a1 = inout(ymm_reg) a1,
+            a2 = inout(ymm_reg) a2,
+            a3 = inout(ymm_reg) a3,
+            a4 = inout(ymm_reg) a4,
+            a5 = inout(ymm_reg) a5,
+            a6 = inout(ymm_reg) a6,
+            a7 = inout(ymm_reg) a7,
+            options(pure, readonly, nostack),
+        );
     }
-    [
-        [store_i32(a0), store_i32(a1)],
-        [store_i32(a2), store_i32(a3)],
-        [store_i32(a4), store_i32(a5)],
-        [store_i32(a6), store_i32(a7)],
-    ]
+    [[a0, a1], [a2, a3], [a4, a5], [a6, a7]]
 }

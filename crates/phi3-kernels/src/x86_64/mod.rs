@@ -11,6 +11,7 @@ mod layouts;
 mod micro;
 mod vector;
 mod vnni;
+mod wide;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use layouts::Layouts;
