@@ -9,9 +9,7 @@ const DECODE_WORK: usize = 2;
 /// Work of one exponential and what surrounds it, in multiply-adds.
 const EXP_WORK: usize = 16;
 /// Rows that a thread takes are a multiple of this, so that no backend's register block is cut.
-const ROW_MULTIPLE: usize = 8;
-/// The same for products with eight-bit activations.
-const INT8_ROW_MULTIPLE: usize = 16;
+const ROW_MULTIPLE: usize = 16;
 
 /// Decodes whole blocks of `bytes` to `out.len()` weights.
 ///
@@ -168,7 +166,7 @@ pub fn linear(
     };
 
     let work = rows.saturating_mul(cols).saturating_mul(n);
-    let part_rows = threads::chunk_len(rows, work).next_multiple_of(INT8_ROW_MULTIPLE);
+    let part_rows = threads::chunk_len(rows, work).next_multiple_of(ROW_MULTIPLE);
     let mut parts: Vec<Vec<&mut [f32]>> = Vec::new();
     parts.resize_with(rows.div_ceil(part_rows), || Vec::with_capacity(n));
     for out in out.chunks_mut(out_stride).take(n) {

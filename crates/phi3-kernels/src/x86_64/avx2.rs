@@ -6,23 +6,12 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::int8;
+use super::{float, int8};
 use crate::activations::Quantized;
 use crate::{BlockType, MatrixRef, scalar};
 
 /// Lanes of a vector of f32.
 const LANES: usize = 8;
-
-/// Rows and tokens of the register block: 4 * 3 sums, three vectors of activations and one of
-/// weights are the sixteen registers.
-const BLOCK_ROWS: usize = 4;
-const BLOCK_TOKENS: usize = 3;
-
-/// Rows decoded at once when many tokens use them. They stay in the second-level cache, and
-/// the tokens are read from memory once for all of them.
-const PANEL_ROWS: usize = 16;
-/// Tokens from which on a panel pays; fewer find a block of rows in the first-level cache.
-const PANEL_TOKENS: usize = 8;
 
 /// Proof that this processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +26,7 @@ impl Avx2 {
         detected.then_some(Self(()))
     }
 
-    /// [`scalar::matmul_rows`], with sums in eight lanes and fused multiply-adds.
+    /// [`scalar::matmul_rows`], with a lane for each row and fused multiply-adds.
     pub(crate) fn matmul_rows(
         self,
         x: &[f32],
@@ -47,7 +36,7 @@ impl Avx2 {
         out: &mut [f32],
     ) {
         // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { matmul_rows(x, n, w, first_row, out) }
+        unsafe { float::matmul_rows(x, n, w, first_row, out) }
     }
 
     /// [`scalar::quantize`], the same operations in wider vectors.
@@ -77,122 +66,14 @@ impl Avx2 {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn matmul_rows(x: &[f32], n: usize, w: MatrixRef<'_>, first_row: usize, out: &mut [f32]) {
-    let (cols, rows) = (w.cols(), out.len() / n);
-    let panel_rows = if n < PANEL_TOKENS {
-        BLOCK_ROWS
-    } else {
-        PANEL_ROWS
-    };
-    let mut panel = vec![0.0; panel_rows.min(rows) * cols];
-    for start in (0..rows).step_by(panel_rows) {
-        let panel_rows = panel_rows.min(rows - start);
-        for i in 0..panel_rows {
-            let row = w.row(first_row + start + i);
-            decode(w.block_type(), row, &mut panel[i * cols..][..cols]);
-        }
-        let mut t = 0;
-        while t < n {
-            let tokens = BLOCK_TOKENS.min(n - t);
-            let x = &x[t * cols..][..tokens * cols];
-            let mut i = 0;
-            while i < panel_rows {
-                let block_rows = BLOCK_ROWS.min(panel_rows - i);
-                let panel = &panel[i * cols..][..block_rows * cols];
-                let sums = match (block_rows, tokens) {
-                    (4, 3) => dots::<4, 3>(panel, x, cols),
-                    (4, 2) => widen(dots::<4, 2>(panel, x, cols)),
-                    (4, _) => widen(dots::<4, 1>(panel, x, cols)),
-                    _ => {
-                        let mut sums = [[0.0; BLOCK_TOKENS]; BLOCK_ROWS];
-                        for r in 0..block_rows {
-                            for t in 0..tokens {
-                                let panel = &panel[r * cols..][..cols];
-                                [[sums[r][t]]] = dots::<1, 1>(panel, &x[t * cols..][..cols], cols);
-                            }
-                        }
-                        sums
-                    }
-                };
-                for (j, sums) in sums.iter().take(block_rows).enumerate() {
-                    for (k, sum) in sums.iter().take(tokens).enumerate() {
-                        out[(t + k) * rows + start + i + j] = *sum;
-                    }
-                }
-                i += block_rows;
-            }
-            t += tokens;
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
 fn quantize(x: &[f32], group: usize, values: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
     scalar::quantize(x, group, values, scales, sums);
-}
-
-fn widen<const T: usize>(sums: [[f32; T]; BLOCK_ROWS]) -> [[f32; BLOCK_TOKENS]; BLOCK_ROWS] {
-    sums.map(|sums| std::array::from_fn(|t| if t < T { sums[t] } else { 0.0 }))
-}
-
-/// `w[r] · x[t]` for `R` rows and `T` tokens of `cols` elements. Each sum goes through the
-/// columns in vectors of eight, the last filled up with zeros, whatever `R` and `T` are.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn dots<const R: usize, const T: usize>(w: &[f32], x: &[f32], cols: usize) -> [[f32; T]; R] {
-    // Slices of `vectors` elements each, so that the loop needs no check. Not by closures: they
-    // are compiled without the target features where the standard library calls them.
-    let vectors = cols / LANES;
-    let (mut w_vectors, mut w_tails) = ([&[][..]; R], [&[][..]; R]);
-    for r in 0..R {
-        let (all, tail) = w[r * cols..][..cols].as_chunks::<LANES>();
-        (w_vectors[r], w_tails[r]) = (&all[..vectors], tail);
-    }
-    let (mut x_vectors, mut x_tails) = ([&[][..]; T], [&[][..]; T]);
-    for t in 0..T {
-        let (all, tail) = x[t * cols..][..cols].as_chunks::<LANES>();
-        (x_vectors[t], x_tails[t]) = (&all[..vectors], tail);
-    }
-    let mut sums = [[_mm256_setzero_ps(); T]; R];
-    for c in 0..vectors {
-        let mut x = [_mm256_setzero_ps(); T];
-        for t in 0..T {
-            x[t] = load(x_vectors[t][c]);
-        }
-        for r in 0..R {
-            let w = load(w_vectors[r][c]);
-            for t in 0..T {
-                sums[r][t] = _mm256_fmadd_ps(w, x[t], sums[r][t]);
-            }
-        }
-    }
-    if !cols.is_multiple_of(LANES) {
-        for r in 0..R {
-            for t in 0..T {
-                let (w, x) = (filled_up(w_tails[r]), filled_up(x_tails[t]));
-                sums[r][t] = _mm256_fmadd_ps(load(w), load(x), sums[r][t]);
-            }
-        }
-    }
-    let mut out = [[0.0; T]; R];
-    for r in 0..R {
-        for t in 0..T {
-            out[r][t] = sum(sums[r][t]);
-        }
-    }
-    out
-}
-
-fn filled_up(tail: &[f32]) -> [f32; LANES] {
-    let mut vector = [0.0; LANES];
-    vector[..tail.len()].copy_from_slice(tail);
-    vector
 }
 
 /// [`scalar::decode`]: the same values bit for bit. By hand what the compiler does badly, from
 /// the portable code the rest.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn decode(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
+pub(super) fn decode(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
     match block_type {
         BlockType::F16 => {
             let (halves, tail) = bytes.as_chunks::<{ 2 * LANES }>();
@@ -296,22 +177,8 @@ fn from_i8(low: __m128i, high: __m128i) -> [__m256; 4] {
     vectors
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn sum(vector: __m256) -> f32 {
-    let [a, b, c, d, e, f, g, h] = store(vector);
-    ((a + e) + (c + g)) + ((b + f) + (d + h))
-}
-
 // Loads and stores by value rather than by the intrinsics that take pointers: those check their
 // pointers in a build with debug assertions, which makes this file's loops four times slower.
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn load(vector: [f32; LANES]) -> __m256 {
-    // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
-    unsafe { transmute::<[f32; LANES], __m256>(vector) }
-}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]

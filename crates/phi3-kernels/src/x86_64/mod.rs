@@ -3,6 +3,7 @@
 mod attention;
 mod avx2;
 mod blocks;
+mod float;
 mod gemm;
 mod gemv;
 mod int8;

@@ -1,0 +1,384 @@
+//! Products with f32 activations: of float weights, and of any type where rows are narrow.
+//!
+//! A lane is a row. 256 columns of sixteen rows are decoded and turned, so that sixteen weights
+//! of a column lie side by side, and multiplied with six tokens at a time: twelve sums, two
+//! vectors of weights and one of activations. A sum goes through the columns of a block one by
+//! one, by fused multiply-adds from zero on, and the blocks are added in order: the same for one
+//! token and for many. One token takes the weights from the registers in which they were turned.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index into several arrays; closures in iterators would lose the target features"
+)]
+
+use std::arch::x86_64::*;
+
+use super::avx2::decode;
+use super::vector::{from_f16, load, load_f32, prefetch, store_f32, transpose};
+use crate::{BlockType, MatrixRef};
+
+/// Columns of a block. Whole blocks of every type.
+const BLOCK: usize = 256;
+/// Rows of a panel, in two vectors.
+const PANEL_ROWS: usize = 16;
+/// Panels that go through the tokens together, so that a tile of tokens is read from the
+/// first-level cache for all but one of them: 128 KiB, in the second-level cache.
+const PANELS: usize = 8;
+/// Tokens up to which the weights are read too often from memory for that.
+const FEW_TOKENS: usize = 6;
+/// Tokens of a tile.
+const TILE: usize = 6;
+
+/// Weights `[column][row]` of a block.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Panel([[[f32; 8]; 2]; BLOCK]);
+
+/// [`scalar::matmul_rows`](crate::scalar::matmul_rows).
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn matmul_rows(
+    x: &[f32],
+    n: usize,
+    w: MatrixRef<'_>,
+    first_row: usize,
+    out: &mut [f32],
+) {
+    match w.block_type() {
+        BlockType::F32 => products::<Single, 32>(x, n, w, first_row, out),
+        BlockType::F16 => products::<Half, 16>(x, n, w, first_row, out),
+        BlockType::BF16 => products::<Brain, 16>(x, n, w, first_row, out),
+        // Decoded before.
+        _ => products::<Single, 32>(x, n, w, first_row, out),
+    }
+}
+
+/// Eight weights of a float type, `BYTES` bytes.
+trait Eight<const BYTES: usize> {
+    const TYPE: BlockType;
+
+    /// # Safety
+    /// The processor has AVX2 and F16C.
+    unsafe fn load(bytes: &[u8; BYTES]) -> __m256;
+}
+
+struct Single;
+struct Half;
+struct Brain;
+
+impl Eight<32> for Single {
+    const TYPE: BlockType = BlockType::F32;
+
+    #[inline(always)]
+    unsafe fn load(bytes: &[u8; 32]) -> __m256 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { _mm256_castsi256_ps(load(bytes)) }
+    }
+}
+
+impl Eight<16> for Half {
+    const TYPE: BlockType = BlockType::F16;
+
+    #[inline(always)]
+    unsafe fn load(bytes: &[u8; 16]) -> __m256 {
+        let mut halves = [0; 8];
+        for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks().0) {
+            *half = u16::from_le_bytes(*bytes);
+        }
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { from_f16(halves) }
+    }
+}
+
+impl Eight<16> for Brain {
+    const TYPE: BlockType = BlockType::BF16;
+
+    #[inline(always)]
+    unsafe fn load(bytes: &[u8; 16]) -> __m256 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe {
+            let words = _mm256_cvtepu16_epi32(super::vector::load_16(bytes));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn products<E: Eight<BYTES>, const BYTES: usize>(
+    x: &[f32],
+    n: usize,
+    w: MatrixRef<'_>,
+    first_row: usize,
+    out: &mut [f32],
+) {
+    let (cols, rows) = (w.cols(), out.len() / n);
+    if cols == 0 {
+        out.fill(0.0);
+        return;
+    }
+    let panels = if n <= FEW_TOKENS { 1 } else { PANELS };
+    let panels = panels.min(rows.div_ceil(PANEL_ROWS));
+    let mut turned = match n {
+        1 => Vec::new(),
+        _ => vec![Panel([[[0.0; 8]; 2]; BLOCK]); panels],
+    };
+    let mut decoded = Decoded::<E, BYTES>::new(w);
+    for start in (0..rows).step_by(panels * PANEL_ROWS) {
+        let end = rows.min(start + panels * PANEL_ROWS);
+        for first_col in (0..cols).step_by(BLOCK) {
+            // The same columns of the next block, or the first ones of the next panel.
+            let row_bytes = cols / 8 * BYTES;
+            let ahead = if first_col + BLOCK < cols {
+                BLOCK / 8 * BYTES
+            } else {
+                (panels * PANEL_ROWS - 1) * row_bytes + (cols - first_col) / 8 * BYTES
+            };
+            let cols = first_col..cols.min(first_col + BLOCK);
+            if n == 1 {
+                let weights = decoded.rows(w, first_row + start, end - start, cols.clone());
+                let sums = one_token::<E, BYTES>(&weights, ahead, &x[cols]);
+                add(&sums, first_col == 0, &mut out[start..end]);
+                continue;
+            }
+            for (i, panel) in turned.iter_mut().enumerate() {
+                let start = start + i * PANEL_ROWS;
+                if start < end {
+                    let rows = PANEL_ROWS.min(end - start);
+                    let weights = decoded.rows(w, first_row + start, rows, cols.clone());
+                    turn::<E, BYTES>(&weights, ahead, panel);
+                }
+            }
+            let tiles = n.div_ceil(TILE);
+            for tile in 0..tiles {
+                // Tiles of nearly the same size.
+                let (t, next) = (tile * n / tiles, (tile + 1) * n / tiles);
+                for (i, panel) in turned.iter().enumerate() {
+                    let start = start + i * PANEL_ROWS;
+                    if start >= end {
+                        break;
+                    }
+                    let panel = &panel.0[..cols.len()];
+                    let mut sums = [[[0.0; 8]; 2]; TILE];
+                    let x = &x[t * w.cols()..next * w.cols()];
+                    match next - t {
+                        6 => tile_sums::<6>(panel, x, first_col, &mut sums),
+                        5 => tile_sums::<5>(panel, x, first_col, &mut sums),
+                        4 => tile_sums::<4>(panel, x, first_col, &mut sums),
+                        3 => tile_sums::<3>(panel, x, first_col, &mut sums),
+                        2 => tile_sums::<2>(panel, x, first_col, &mut sums),
+                        _ => tile_sums::<1>(panel, x, first_col, &mut sums),
+                    }
+                    for (t, sums) in (t..next).zip(&sums) {
+                        let end = end.min(start + PANEL_ROWS);
+                        add(sums, first_col == 0, &mut out[t * rows..][start..end]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds a block's sums of up to sixteen rows to `out`; `first`: overwrites it.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn add(sums: &[[f32; 8]; 2], first: bool, out: &mut [f32]) {
+    if let ([low, high], []) = out.as_chunks_mut::<8>() {
+        for (out, sums) in [low, high].into_iter().zip(sums) {
+            let sums = load_f32(sums);
+            let before = load_f32(out);
+            *out = store_f32(if first {
+                sums
+            } else {
+                _mm256_add_ps(before, sums)
+            });
+        }
+        return;
+    }
+    for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
+        *out = if first { *sum } else { *out + sum };
+    }
+}
+
+/// The weights of a block of columns of sixteen rows, by eights.
+type Rows<'a, const BYTES: usize> = [&'a [[u8; BYTES]]; PANEL_ROWS];
+
+/// Where rows lie decoded that cannot be read as they are: those of block types, and the last
+/// columns where they are no eight.
+struct Decoded<E, const BYTES: usize> {
+    bytes: Vec<[u8; BYTES]>,
+    values: Vec<f32>,
+    kind: std::marker::PhantomData<E>,
+}
+
+impl<E: Eight<BYTES>, const BYTES: usize> Decoded<E, BYTES> {
+    fn new(w: MatrixRef<'_>) -> Self {
+        let needed = w.block_type() != E::TYPE || !w.cols().is_multiple_of(8);
+        Self {
+            bytes: vec![[0; BYTES]; if needed { PANEL_ROWS * BLOCK / 8 } else { 0 }],
+            values: vec![0.0; if needed { BLOCK } else { 0 }],
+            kind: std::marker::PhantomData,
+        }
+    }
+
+    /// Columns `cols` of `rows` rows from row `first` on; behind the last row comes the last row
+    /// again, behind the last column zeros.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn rows<'a>(
+        &'a mut self,
+        w: MatrixRef<'a>,
+        first: usize,
+        rows: usize,
+        cols: std::ops::Range<usize>,
+    ) -> Rows<'a, BYTES> {
+        let block_type = w.block_type();
+        let bytes_of = |cols: usize| cols / block_type.block_len() * block_type.block_bytes();
+        let (start, end) = (bytes_of(cols.start), bytes_of(cols.end));
+        let mut of_rows = [&[][..]; PANEL_ROWS];
+        if block_type == E::TYPE && cols.len().is_multiple_of(8) {
+            for (i, of_row) in of_rows.iter_mut().enumerate() {
+                let row = w.row(first + i.min(rows - 1));
+                *of_row = row[start..end].as_chunks().0;
+            }
+            return of_rows;
+        }
+        let eights = cols.len().div_ceil(8);
+        let each = self.bytes.chunks_exact_mut(eights);
+        for (i, bytes) in each.take(rows).enumerate() {
+            let row = &w.row(first + i)[start..end];
+            if block_type == E::TYPE {
+                bytes.fill([0; BYTES]);
+                bytes.as_flattened_mut()[..row.len()].copy_from_slice(row);
+            } else {
+                self.values.fill(0.0);
+                decode(block_type, row, &mut self.values[..cols.len()]);
+                let to = bytes.as_flattened_mut().as_chunks_mut::<4>().0;
+                for (to, value) in to.iter_mut().zip(&self.values) {
+                    *to = value.to_le_bytes();
+                }
+            }
+        }
+        for (i, of_row) in of_rows.iter_mut().enumerate() {
+            *of_row = &self.bytes[i.min(rows - 1) * eights..][..eights];
+        }
+        of_rows
+    }
+}
+
+/// Eight columns of eight rows as eight rows of eight columns.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn eight<E: Eight<BYTES>, const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    half: usize,
+    at: usize,
+) -> [__m256; 8] {
+    let mut vectors = [_mm256_setzero_si256(); 8];
+    for i in 0..8 {
+        // SAFETY: this function is compiled with the features.
+        vectors[i] = _mm256_castps_si256(unsafe { E::load(&rows[8 * half + i][at]) });
+    }
+    let vectors = transpose(vectors);
+    let mut out = [_mm256_setzero_ps(); 8];
+    for i in 0..8 {
+        out[i] = _mm256_castsi256_ps(vectors[i]);
+    }
+    out
+}
+
+/// Asks for as many weights as the eights at `at` are, `distance` bytes further on: whole lines of
+/// some of the rows, so that those of all rows have been asked for by the line's end.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn look_ahead<const BYTES: usize>(rows: &Rows<'_, BYTES>, at: usize, distance: usize) {
+    let eights = 64 / BYTES;
+    let some = PANEL_ROWS / eights;
+    for i in 0..some {
+        prefetch::<_MM_HINT_T0>(
+            &rows[at % eights * some + i][at / eights * eights],
+            distance,
+        );
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn turn<E: Eight<BYTES>, const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    ahead: usize,
+    panel: &mut Panel,
+) {
+    let mut rows = *rows;
+    let eights = rows[0].len().min(BLOCK / 8);
+    for row in &mut rows {
+        *row = &row[..eights];
+    }
+    let panel = panel.0.as_chunks_mut::<8>().0;
+    for c in 0..eights {
+        look_ahead(&rows, c, ahead);
+        for half in 0..2 {
+            let columns = eight::<E, BYTES>(&rows, half, c);
+            for i in 0..8 {
+                panel[c][i][half] = store_f32(columns[i]);
+            }
+        }
+    }
+}
+
+/// A block of one token.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn one_token<E: Eight<BYTES>, const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    ahead: usize,
+    x: &[f32],
+) -> [[f32; 8]; 2] {
+    let (x, tail) = x.as_chunks::<8>();
+    let mut rows = *rows;
+    for row in &mut rows {
+        *row = &row[..x.len() + usize::from(!tail.is_empty())];
+    }
+    let mut sums = [_mm256_setzero_ps(); 2];
+    for c in 0..x.len() {
+        look_ahead(&rows, c, ahead);
+        for half in 0..2 {
+            let columns = eight::<E, BYTES>(&rows, half, c);
+            for i in 0..8 {
+                sums[half] = _mm256_fmadd_ps(columns[i], _mm256_set1_ps(x[c][i]), sums[half]);
+            }
+        }
+    }
+    if !tail.is_empty() {
+        for half in 0..2 {
+            let columns = eight::<E, BYTES>(&rows, half, x.len());
+            for i in 0..tail.len() {
+                sums[half] = _mm256_fmadd_ps(columns[i], _mm256_set1_ps(tail[i]), sums[half]);
+            }
+        }
+    }
+    [store_f32(sums[0]), store_f32(sums[1])]
+}
+
+/// A block of `T` tokens, whose elements from `first_col` on count.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tile_sums<const T: usize>(
+    panel: &[[[f32; 8]; 2]],
+    x: &[f32],
+    first_col: usize,
+    out: &mut [[[f32; 8]; 2]; TILE],
+) {
+    let cols = panel.len();
+    let width = x.len() / T;
+    let mut tokens = [&[][..]; T];
+    for t in 0..T {
+        tokens[t] = &x[t * width + first_col..][..cols];
+    }
+    let mut sums = [[_mm256_setzero_ps(); 2]; T];
+    for c in 0..cols {
+        let w = [load_f32(&panel[c][0]), load_f32(&panel[c][1])];
+        for t in 0..T {
+            let x = _mm256_set1_ps(tokens[t][c]);
+            sums[t][0] = _mm256_fmadd_ps(w[0], x, sums[t][0]);
+            sums[t][1] = _mm256_fmadd_ps(w[1], x, sums[t][1]);
+        }
+    }
+    for t in 0..T {
+        out[t] = [store_f32(sums[t][0]), store_f32(sums[t][1])];
+    }
+}
