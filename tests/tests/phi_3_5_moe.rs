@@ -1,16 +1,20 @@
 //! Phi-3.5-MoE against the reference's goldens, its router above all, and the forward contract.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use phi_3_5_moe::{Config, Model, RouterKind, RouterTrace, Routing};
+use phi3::LoadOptions;
+use phi3::hub::Counters;
+use phi3::hub::gguf::random::RandomModel;
 use phi3_kernels::BlockType;
 use phi3_nn::{CausalLm, MemorySource, Observer, StoredTensor, Weights};
 use phi3_tests::fixtures;
 use phi3_tests::golden::{Goldens, Kit};
-use phi3_tests::parity::{F32_TOLERANCE, assert_close, observed_step, step};
+use phi3_tests::parity::{F32_TOLERANCE, assert_close, decode, observed_step, step};
 use phi3_tests::runner::{check_contract, check_kit};
 
 const FIXTURES: [&str; 2] = ["phi3.5-moe", "phi3.5-moe-jitter"];
@@ -371,5 +375,107 @@ fn broken_configs_are_refused_by_name() -> Result<()> {
     let mut config = kit.config.clone();
     config["rope_scaling"] = serde_json::Value::Null;
     Config::from_json(&config)?;
+    Ok(())
+}
+
+/// Ids of the logits and counters of a model within a budget: a prompt, then one token at a time.
+fn within(budget: Option<u64>, path: &Path) -> Result<(Vec<f32>, Option<Counters>)> {
+    let options = LoadOptions {
+        device: "cpu".parse()?,
+        memory_budget: budget,
+        ..LoadOptions::default()
+    };
+    let model = phi3::load_with(path.to_str().context("UTF-8")?, &options)?;
+    let ids = some_ids(3, 24);
+    let mut cache = model.model().new_cache();
+    let mut logits = step(model.model().as_ref(), &mut cache, &ids[..8])?;
+    logits.extend(decode(model.model().as_ref(), &mut cache, &ids[8..])?);
+    Ok((logits, model.memory_counters()))
+}
+
+/// Experts that are let go and read again give the same numbers bit for bit, from one file or a
+/// folder, and every use of an expert is a hit or a miss.
+#[test]
+fn a_budget_of_memory_changes_no_number() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let random = folder.path().join("moe.gguf");
+    RandomModel::new("tiny-moe", "Q4_0".parse()?, None, 1)?.write(&random, |_| ())?;
+    for path in [fixtures().join("phi3.5-moe"), random] {
+        let (expected, none) = within(None, &path)?;
+        ensure!(none.is_none());
+        let (same, ample) = within(Some(1 << 40), &path)?;
+        let (again, tiny) = within(Some(1), &path)?;
+        let (ample, tiny) = (ample.context("counters")?, tiny.context("counters")?);
+        ensure!(same == expected && again == expected, "{}", path.display());
+
+        // All of an ample budget's misses are first uses, and nothing goes.
+        let uses = ample.hits + ample.misses;
+        ensure!(
+            ample.dropped == 0 && ample.bytes_read == ample.resident_bytes,
+            "{ample:?}"
+        );
+        ensure!(
+            ample.resident_bytes <= ample.group_bytes && ample.hits > ample.misses,
+            "{ample:?}"
+        );
+        // A tiny one keeps one layer's experts at a time, so that none is there a layer later.
+        ensure!(
+            tiny.hits + tiny.misses == uses && tiny.hits == 0,
+            "{tiny:?}"
+        );
+        // Experts are alike.
+        let expert = ample.bytes_read / ample.misses;
+        ensure!(tiny.bytes_read == tiny.misses * expert, "{tiny:?}");
+        ensure!(
+            tiny.resident_bytes == (tiny.misses - tiny.dropped) * expert,
+            "{tiny:?}"
+        );
+        ensure!(tiny.group_bytes == ample.group_bytes, "{tiny:?}");
+
+        // Between the two.
+        let (between, some) = within(Some(tiny.group_bytes / 2 + others(&path)?), &path)?;
+        let some = some.context("counters")?;
+        ensure!(
+            between == expected && some.hits > 0 && some.dropped > 0,
+            "{some:?}"
+        );
+        ensure!(some.hits + some.misses == uses, "{some:?}");
+        ensure!(some.resident_bytes <= tiny.group_bytes / 2, "{some:?}");
+    }
+    Ok(())
+}
+
+/// Bytes of a model that are no expert's.
+fn others(path: &Path) -> Result<u64> {
+    let source = phi3::hub::Source::parse(path.to_str().context("UTF-8")?, None)?;
+    let checkpoint = phi3::hub::open(&source, &phi3::hub::HubOptions::from_env())?;
+    let others = checkpoint
+        .tensors
+        .iter()
+        .filter(|tensor| !tensor.name.contains("_exps.") && !tensor.name.contains(".experts."));
+    Ok(others.map(|tensor| tensor.bytes).sum())
+}
+
+#[test]
+fn a_budget_that_cannot_be_kept_is_refused() -> Result<()> {
+    for (name, quantize, says) in [
+        ("phi3-mini-4k", None, "every token needs all"),
+        (
+            "phi3.5-moe",
+            Some("Q8_0".parse()?),
+            "quantize the model into a file",
+        ),
+    ] {
+        let options = LoadOptions {
+            device: "cpu".parse()?,
+            memory_budget: Some(1 << 30),
+            quantize,
+            ..LoadOptions::default()
+        };
+        let path = fixtures().join(name);
+        let error = phi3::load_with(path.to_str().context("UTF-8")?, &options);
+        let error = error.err().context("refused")?.to_string();
+        ensure!(error.contains(says), "{error}");
+    }
     Ok(())
 }

@@ -94,6 +94,10 @@ pub struct ComputeArgs {
     /// Store the weights in fewer bits while they are loaded, as `phi3 quantize` does: Q4_0, Q4_K_M, …
     #[arg(long, value_name = "TYPE")]
     pub quantize: Option<Mix>,
+    /// Keep the weights of a mixture of experts within so much memory (12GiB), caches included: experts
+    /// by recent use, the others are read from disk when a router chooses them.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory_budget: Option<u64>,
     /// Run a checkpoint without LongRoPE factors beyond its trained length: power:TOKENS or
     /// piecewise:TOKENS.
     #[arg(long, value_name = "RULE:TOKENS")]
@@ -101,6 +105,33 @@ pub struct ComputeArgs {
     /// Threads [default: PHI3_THREADS, else one per physical core].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+}
+
+/// A number of bytes, with a unit or without: 12GiB, 500 MB, 1073741824.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.');
+    let (number, unit) = text.split_at(at.unwrap_or(text.len()));
+    let unit: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1_048_576.0,
+        "g" | "gib" => 1_073_741_824.0,
+        "t" | "tib" => 1_099_511_627_776.0,
+        other => {
+            return Err(format!(
+                "{other:?} is no unit of bytes: give MB, GB, MiB or GiB"
+            ));
+        }
+    };
+    let number: f64 = number
+        .parse()
+        .map_err(|_| format!("{number:?} is no number"))?;
+    // Beyond 2^64 there is no such memory, and the conversion takes the largest number.
+    Ok((number * unit) as u64)
 }
 
 /// A dtype by name.
@@ -165,6 +196,7 @@ fn load_with(
         revision: source.hub.revision.clone(),
         extend: compute.extend_context,
         quantize: compute.quantize,
+        memory_budget: compute.memory_budget,
         hub: Some(source.hub.options()),
     };
     let begun = Instant::now();
@@ -178,4 +210,27 @@ fn load_with(
         phi3::backend_name()
     );
     Ok(model)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1073741824", 1 << 30),
+            ("12GiB", 12 << 30),
+            ("12 gib", 12 << 30),
+            ("1.5GB", 1_500_000_000),
+            ("500m", 500 << 20),
+            ("7b", 7),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "GiB", "-1", "1 potato", "1..5GB"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
 }

@@ -116,6 +116,9 @@ pub struct Args {
     /// Type of keys and values on the CPU, f16 or f32; a GPU keeps them in --dtype.
     #[arg(long, value_name = "TYPE", default_value_t)]
     cache_type: CacheType,
+    /// Keep a mixture of experts within so much memory (12GiB): experts by recent use.
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::parse_size)]
+    memory_budget: Option<u64>,
     /// Run a checkpoint without LongRoPE factors beyond its trained length: power:TOKENS or
     /// piecewise:TOKENS.
     #[arg(long, value_name = "RULE:TOKENS")]
@@ -147,6 +150,7 @@ pub fn run(args: &Args) -> Result<()> {
         dtype: args.dtype.map(DType::from),
         cache_type: args.cache_type,
         extend: args.extend_context,
+        memory_budget: args.memory_budget,
         ..LoadOptions::default()
     };
     let language_model = LanguageModel::from_checkpoint(&checkpoint, &options)
@@ -173,6 +177,9 @@ pub fn run(args: &Args) -> Result<()> {
             for test in &tests {
                 if let Some(result) = bench.run(test)? {
                     output::note(&result.line());
+                    if let Some(counters) = language_model.memory_counters() {
+                        output::note(&output::memory_line(&counters));
+                    }
                     results.push(result);
                 }
             }

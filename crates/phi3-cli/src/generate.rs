@@ -71,6 +71,9 @@ pub fn run(args: &Args) -> Result<()> {
             if args.stats {
                 output::note(&output::usage_line(&finished.usage));
             }
+            if let Some(counters) = model.memory_counters() {
+                output::note(&output::memory_line(&counters));
+            }
         }
     }
     interrupt::exit_if_interrupted();

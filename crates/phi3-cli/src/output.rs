@@ -18,6 +18,21 @@ impl std::fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// What keeping within --memory-budget took, for people.
+pub fn memory_line(counters: &phi3::hub::Counters) -> String {
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    format!(
+        "experts: {} in memory when chosen, {} read from disk ({:.2} GB), {} let go; {:.2} of {:.2} \
+         GB in memory",
+        counters.hits,
+        counters.misses,
+        gigabytes(counters.bytes_read),
+        counters.dropped,
+        gigabytes(counters.resident_bytes),
+        gigabytes(counters.group_bytes),
+    )
+}
+
 /// Messages on stderr: warnings, or what `-v` and `PHI3_LOG` ask for.
 pub fn start_logging(verbose: u8) -> anyhow::Result<()> {
     let level = match verbose {

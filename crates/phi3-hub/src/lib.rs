@@ -27,9 +27,10 @@ pub mod gguf;
 mod hub;
 #[expect(
     unsafe_code,
-    reason = "mapping a file is unsafe by nature; nothing else is done there"
+    reason = "mapping a file and letting go of its pages is unsafe by nature; nothing else is done there"
 )]
 mod mapping;
+mod memory_budget;
 mod names;
 pub mod quantize;
 pub mod safetensors;
@@ -46,5 +47,6 @@ pub use hub::{
     HubError, HubOptions, NoProgress, Progress, RetryPolicy, TerminalProgress, download,
 };
 pub use mapping::map_file;
+pub use memory_budget::{Counters, MemoryBudget};
 pub use phi3_nn::weights::TensorSource;
 pub use source::Source;

@@ -21,6 +21,7 @@ pub mod linear;
 pub mod mlp;
 pub mod norm;
 pub mod packed;
+pub mod residency;
 pub mod rope;
 mod sparse_attention;
 pub mod weights;
@@ -37,6 +38,7 @@ pub use mlp::GatedMlp;
 pub use norm::{LayerNorm, RmsNorm};
 pub use packed::Packed;
 pub use phi3_kernels::BlockSparseLayout;
+pub use residency::Residency;
 pub use rope::{Regime, RopeTables, RotaryEmbedding};
 pub use weights::{
     Backend, Bytes, LayoutError, MemorySource, StoredTensor, TensorPart, TensorSource, Weights,

@@ -15,6 +15,7 @@ use phi3_kernels::{BlockType, MatrixRef, ShapeError, dequantize};
 
 use crate::cache_type::{CacheStore, CacheType};
 use crate::error::{Error, Result};
+use crate::residency::Residency;
 
 /// A range of a shared byte buffer, usually of a mapped file. Cloning shares the buffer.
 #[derive(Clone)]
@@ -313,6 +314,7 @@ pub struct Weights {
     dtype: DType,
     backend: Backend,
     cache_type: CacheType,
+    residency: Option<Arc<dyn Residency>>,
     prefix: String,
     used: Arc<Mutex<BTreeSet<String>>>,
 }
@@ -330,6 +332,7 @@ impl Weights {
             dtype,
             backend,
             cache_type: CacheType::F32,
+            residency: None,
             prefix: String::new(),
             used: Arc::default(),
         }
@@ -347,6 +350,19 @@ impl Weights {
     pub fn with_cache_type(mut self, cache_type: CacheType) -> Self {
         self.cache_type = cache_type;
         self
+    }
+
+    /// The same weights, whose use the model announces to `residency`. Where candle multiplies there
+    /// are copies on the device, and nothing to announce.
+    pub fn with_residency(mut self, residency: Arc<dyn Residency>) -> Self {
+        self.residency = Some(residency);
+        self
+    }
+
+    /// Who wants to know which weights are read next.
+    pub fn residency(&self) -> Option<&Arc<dyn Residency>> {
+        let kernels = self.backend == Backend::Kernels;
+        self.residency.as_ref().filter(|_| kernels)
     }
 
     /// How the caches of the model are to be stored.

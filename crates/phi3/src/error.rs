@@ -27,6 +27,12 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A model that cannot be kept within a budget of memory.
+    #[error("a memory budget cannot be kept: {reason}")]
+    MemoryBudget {
+        /// Why.
+        reason: &'static str,
+    },
     /// Weights cannot be quantized as asked.
     #[error(transparent)]
     Quantize(#[from] phi3_hub::quantize::Error),

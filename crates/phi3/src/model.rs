@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use phi3_hub::quantize::{Mix, QuantizedSource};
-use phi3_hub::{Checkpoint, HubOptions, Source};
+use phi3_hub::{Checkpoint, Counters, HubOptions, MemoryBudget, Source};
 use phi3_nn::device::default_dtype;
-use phi3_nn::{CacheStore, CacheType, CausalLm, DeviceSpec, TensorSource, Weights};
+use phi3_nn::{
+    Backend, CacheStore, CacheType, CausalLm, DeviceSpec, Residency, TensorSource, Weights,
+};
 use phi3_text::generate::{Completion, complete};
 use phi3_text::stop::stop_ids;
 use phi3_text::{ChatTemplate, Request, SamplingParams, SpecialTokens, Tokenizer};
@@ -34,6 +36,10 @@ pub struct LoadOptions {
     /// Stores the weights in fewer bits than the checkpoint does, tensor by tensor while they are
     /// loaded: the same bytes that a file written by `phi3_hub::quantize` has.
     pub quantize: Option<Mix>,
+    /// Keeps the weights of a mixture of experts within so many bytes, those of the experts by recent
+    /// use; a part of it is left for caches and activations. On the CPU alone, for weights in their
+    /// files.
+    pub memory_budget: Option<u64>,
     /// How to reach the hub; `None` follows the environment (`HF_HOME`, `HF_TOKEN`, …).
     pub hub: Option<HubOptions>,
 }
@@ -48,6 +54,7 @@ pub struct LanguageModel {
     sampling: SamplingParams,
     origin: String,
     cache_store: CacheStore,
+    budget: Option<Arc<MemoryBudget>>,
 }
 
 /// Loads a model from a repo id on the hub, a folder or a `.gguf` file, for the best device there is.
@@ -88,7 +95,20 @@ impl LanguageModel {
             None => Arc::clone(&checkpoint.weights),
         };
         let weights = Weights::new(source, device, dtype).with_cache_type(options.cache_type);
+        let budget = match options.memory_budget {
+            Some(_) => Some(memory_budget(&config, &weights, options)?),
+            None => None,
+        };
+        let weights = match &budget {
+            Some(budget) => weights.with_residency(Arc::clone(budget) as Arc<dyn Residency>),
+            None => weights,
+        };
         let model = config.build(weights.clone())?;
+        if let (Some(budget), Some(limit)) = (&budget, options.memory_budget) {
+            let all: u64 = checkpoint.tensors.iter().map(|tensor| tensor.bytes).sum();
+            let others = all.saturating_sub(budget.counters().group_bytes);
+            budget.set_limit(limit.saturating_sub(others + process_share(limit)));
+        }
         for name in weights.unused() {
             tracing::debug!(tensor = name, "not needed by this model");
         }
@@ -115,12 +135,18 @@ impl LanguageModel {
             sampling: default_sampling(checkpoint.generation_config.as_ref()),
             origin: checkpoint.origin.clone(),
             cache_store: weights.cache_store(),
+            budget,
         })
     }
 
     /// The decoder itself.
     pub fn model(&self) -> &Arc<dyn CausalLm> {
         &self.model
+    }
+
+    /// What keeping within [`LoadOptions::memory_budget`] took so far.
+    pub fn memory_counters(&self) -> Option<Counters> {
+        self.budget.as_ref().map(|budget| budget.counters())
     }
 
     /// Its checked configuration.
@@ -202,6 +228,30 @@ impl LanguageModel {
 
 /// `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` of a generation
 /// config, with transformers' defaults.
+/// What a budget leaves for caches and activations: a sixteenth, at most 512 MiB.
+fn process_share(budget: u64) -> u64 {
+    (budget / 16).min(512 << 20)
+}
+
+/// # Errors
+/// [`Error::MemoryBudget`] where there is nothing that could be kept or let go.
+fn memory_budget(
+    config: &ModelConfig,
+    weights: &Weights,
+    options: &LoadOptions,
+) -> Result<Arc<MemoryBudget>> {
+    let reason = if !matches!(config, ModelConfig::PhiMoe(_)) {
+        "every token needs all weights of this model; only a mixture of experts can do without some"
+    } else if options.quantize.is_some() {
+        "weights that are quantized while loading lie in memory: quantize the model into a file first"
+    } else if weights.backend() != Backend::Kernels {
+        "only the CPU reads weights from their file"
+    } else {
+        return Ok(Arc::new(MemoryBudget::new(0)));
+    };
+    Err(Error::MemoryBudget { reason })
+}
+
 fn default_sampling(generation_config: Option<&Value>) -> SamplingParams {
     let field = |name: &str| generation_config.and_then(|config| config.get(name));
     let float = |name: &str| {

@@ -1,8 +1,10 @@
 //! The experts: tokens grouped by the expert they take, one product per expert over its tokens.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use phi3_nn::mlp::silu_mul;
-use phi3_nn::{Error, Linear, Packed, Result, StoredTensor, Weights};
+use phi3_nn::{Error, Linear, Packed, Residency, Result, StoredTensor, Weights};
 
 use crate::config::Config;
 use crate::router::Routing;
@@ -16,12 +18,16 @@ struct Expert {
     down: Linear,
     /// Names of w1 and w3, which see the same input.
     inputs: [String; 2],
+    /// Its number with [`Experts::residency`].
+    group: usize,
 }
 
 /// All experts of a layer.
 #[derive(Debug)]
 pub(crate) struct Experts {
     experts: Vec<Expert>,
+    /// Hears which experts are read next.
+    residency: Option<Arc<dyn Residency>>,
 }
 
 /// Where the rows of a batch go: what [`Experts::forward`] follows.
@@ -108,15 +114,21 @@ impl Experts {
                     (gate_up, hub.stored("w2.weight", &[hidden, inner])?)
                 }
             };
+            let group = layer.residency().map_or(0, |residency| {
+                let parts = gate_up.parts().iter().chain(down.parts());
+                residency.register(parts.map(|part| part.bytes.clone()).collect())
+            });
             let inputs = [hub.full_name("w1"), hub.full_name("w3")];
             Ok(Expert {
                 gate_up: Linear::from_stored(hub.full_name("w1"), gate_up, None, layer)?,
                 down: Linear::from_stored(hub.full_name("w2"), down, None, layer)?,
                 inputs,
+                group,
             })
         };
         Ok(Self {
             experts: (0..count).map(expert).collect::<Result<_>>()?,
+            residency: layer.residency().cloned(),
         })
     }
 
@@ -133,6 +145,11 @@ impl Experts {
         packed: &mut Packed<'_, '_>,
     ) -> Result<Tensor> {
         let groups = Groups::of(routing);
+        if let Some(residency) = &self.residency {
+            let chosen = groups.experts.iter();
+            let chosen = chosen.filter_map(|(idx, _)| Some(self.experts.get(*idx)?.group));
+            residency.announce(&chosen.collect::<Vec<_>>());
+        }
         let device = x.device();
         let mut outputs = Vec::with_capacity(groups.experts.len());
         for (idx, rows) in &groups.experts {

@@ -384,3 +384,33 @@ fn the_context_can_be_extended() -> Result<()> {
     }
     Ok(())
 }
+
+/// What is kept in memory changes no answer, and is said at the end.
+#[test]
+fn a_budget_of_memory_is_kept_and_counted() -> Result<()> {
+    let tiny = Tiny::of("phi3.5-moe", None)?;
+    let flags = [
+        "--raw",
+        "--prompt",
+        "Which experts?",
+        "--max-new-tokens",
+        "4",
+    ];
+    let free = run(tiny.args("generate", &flags))?;
+    ensure!(!free.stderr.contains("experts:"), "{}", free.stderr);
+    let kept = run(tiny.args(
+        "generate",
+        &[&flags[..], &["--memory-budget", "1KiB"]].concat(),
+    ))?;
+    kept.says(
+        DONE,
+        &[
+            "experts: 0 in memory when chosen",
+            "read from disk",
+            "let go",
+        ],
+    )?;
+    ensure!(kept.stdout == free.stdout);
+    let flags = [&flags[..], &["--memory-budget", "much"]].concat();
+    run(tiny.args("generate", &flags))?.says(USAGE, &["--memory-budget", "much"])
+}
