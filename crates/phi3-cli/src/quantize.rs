@@ -21,7 +21,8 @@ use crate::output::{self, UsageError};
 /// Q4_0, INT4, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, largest first. INT4 is the smallest of four bits and this
 /// program's own: llama.cpp refuses its files. Q4_K_M is what most people want. Rows that
 /// are no whole blocks of a type get another of about its size, as in llama.cpp. The file appears
-/// when it is complete; an interrupted run leaves nothing behind and is simply run again.
+/// when it is complete; an interrupted run leaves nothing behind and is simply run again, and what
+/// a killed one left is removed by the next.
 #[derive(clap::Args)]
 pub struct Args {
     /// A repo id on the hub, a folder, or a .gguf file; then the file to write.

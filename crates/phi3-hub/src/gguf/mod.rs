@@ -19,6 +19,7 @@ mod pre_tokenizer;
 pub mod random;
 mod tokenizer;
 mod types;
+mod unfinished;
 mod value;
 mod vocabulary;
 mod weights;

@@ -1,12 +1,12 @@
 //! Writing a container: metadata and a plan of tensors first, then the data tensor by tensor.
 
-use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::container::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, check_alignment};
 use super::error::{Error, Result};
 use super::types::TensorType;
+use super::unfinished::Unfinished;
 use super::value::{Array, Value};
 
 /// ggml keeps names in 64 bytes with a final zero, and refuses files with longer ones.
@@ -110,6 +110,7 @@ impl Writer {
     /// Writes the file. `fill` is called for each tensor in turn and writes exactly its `size`
     /// bytes; only what it holds itself is in memory. The file appears under `path` when it is
     /// complete and on the disk, in place of what was there; after an error nothing new is there.
+    /// What a process that was killed while writing `path` left beside it is removed.
     ///
     /// # Errors
     /// What `fill` returns, [`Error::Io`], or [`Error::Write`] if it wrote too much or too little.
@@ -127,8 +128,9 @@ impl Writer {
         self.write_into(&mut out, path, fill)?;
         let file = out.into_inner().map_err(|e| io(e.into_error()))?;
         file.sync_all().map_err(io)?;
-        drop(file);
         unfinished.finish(path).map_err(io)?;
+        // Closed, and with that unlocked, only under its final name.
+        drop(file);
         Ok(())
     }
 
@@ -250,53 +252,6 @@ impl TensorSink<'_> {
             path: self.path.to_owned(),
             source,
         })
-    }
-}
-
-/// A file beside its final place, deleted unless it is finished.
-struct Unfinished(Option<PathBuf>);
-
-impl Unfinished {
-    fn create(path: &Path) -> std::io::Result<(File, Self)> {
-        let name = path.file_name().ok_or_else(|| {
-            std::io::Error::new(std::io::ErrorKind::InvalidInput, "the path names no file")
-        })?;
-        let mut attempt = 0u32;
-        loop {
-            let mut hidden = std::ffi::OsString::from(".");
-            hidden.push(name);
-            hidden.push(format!(".{}-{attempt}.part", std::process::id()));
-            let unfinished = path.with_file_name(hidden);
-            match OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .open(&unfinished)
-            {
-                Ok(file) => return Ok((file, Self(Some(unfinished)))),
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && attempt < 1000 => {
-                    attempt += 1;
-                }
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    fn finish(mut self, path: &Path) -> std::io::Result<()> {
-        if let Some(unfinished) = &self.0 {
-            std::fs::rename(unfinished, path)?;
-        }
-        self.0 = None;
-        Ok(())
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            tracing::warn!(path = %path.display(), %error, "an unfinished file stays behind");
-        }
     }
 }
 
