@@ -10,6 +10,8 @@ machine for a while disturbs all. Prints a Markdown table of medians and ratios 
 versions and threads; a peer that fails is left out of the table, and below it stands why. So does
 how much of the processors other programs took meanwhile: more than a few percent, and the figures
 say little, those of llama.cpp least, whose threads spin while they wait for one that is not running.
+With --state FILE every run is written down as soon as it is done, and a script that was stopped goes
+on where it was, as long as programs, files and tests are the same.
 
 llama.cpp is PyPI's llama-cpp-python 0.3.36, built from source into a virtual environment of its own
 (about 15 minutes, once; needs a C++ compiler), or whatever Python `--python` or PHI3_PEER_PYTHON
@@ -83,6 +85,7 @@ def arguments():
     add("--work", type=Path, default=cache / "phi3/peers", help="default: %(default)s")
     add("--timeout", type=float, default=3600, help="seconds for one run of one program")
     add("--out", type=Path, help="also write the table to this file")
+    add("--state", type=Path, help="keep finished runs in this file, and do not repeat them")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = set(filter(None, args.peers.split(","))) - set(PEERS)
@@ -107,6 +110,7 @@ def all_tests(args):
 def measure(args, programs, files, tests, failures):
     """{(file, program): {"runs": [...], test: [tokens a second of each round]}}"""
     results = {}
+    done = State(args.state)
     for turn in range(args.repeat):
         for file in files:
             for name, program in programs.items():
@@ -114,9 +118,13 @@ def measure(args, programs, files, tests, failures):
                     continue
                 note(f"round {turn + 1} of {args.repeat}: {name} on {file.name}")
                 try:
-                    before = processor_seconds()
-                    run = program.run(file, tests)
-                    run["others"] = share_of_others(before, processor_seconds())
+                    key = f"{turn} {program.version()} {args.threads} {file.name} {tests}"
+                    run = done.get(key)
+                    if run is None:
+                        before = processor_seconds()
+                        run = program.run(file, tests)
+                        run["others"] = share_of_others(before, processor_seconds())
+                        done.put(key, run)
                 except (subprocess.SubprocessError, OSError, ValueError) as error:
                     failures[name] = f"failed on {file.name}: {reason(error)}"
                     note(f"{name} {failures[name]}")
@@ -127,6 +135,25 @@ def measure(args, programs, files, tests, failures):
                     key = tuple(it[k] for k in ("n_prompt", "n_gen", "depth", "batch"))
                     of.setdefault(key, []).append(it["speed"])
     return results
+
+
+class State:
+    """Runs by what they ran, in a file if there is one."""
+
+    def __init__(self, path):
+        self.path = path
+        self.runs = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def get(self, key):
+        return self.runs.get(key)
+
+    def put(self, key, run):
+        self.runs[key] = run
+        if self.path:
+            # Renamed when it is whole, so that a script stopped here finds the runs before.
+            whole = self.path.with_name(self.path.name + ".new")
+            whole.write_text(json.dumps(self.runs))
+            whole.replace(self.path)
 
 
 def reason(error):
@@ -175,6 +202,12 @@ def report(args, programs, files, tests, results, failures):
             lines.append(row(cells))
     others = [(run["others"], name) for (_, name), of in results.items() for run in of["runs"]]
     known = [it for it in others if it[0] is not None]
+    read = [run["read"] for of in results.values() for run in of["runs"] if run.get("read")]
+    if read:
+        lines.append(
+            f"\nBeside these runs the machine read {spread(read)} GB/s from memory, as "
+            "`phi3 bench` measures it."
+        )
     if known:
         most, name = max(known)
         verdict = "" if most < QUIET else ": measure again on a quiet machine"
@@ -316,6 +349,7 @@ class Ours:
             "tests": found,
             "first_token": found[0]["load_to_first_token_seconds"],
             "peak_memory": max(it["peak_memory_bytes"] or 0 for it in found),
+            "read": (found[0].get("probe") or {}).get("read_gigabytes_per_second"),
         }
 
 
