@@ -44,7 +44,7 @@ impl Crate {
         match self.name.as_str() {
             "phi3-kernels" => 0,
             "phi3-nn" => 1,
-            "phi3-hub" | "phi3-text" => 2,
+            "phi3-hub" | "phi3-image" | "phi3-text" => 2,
             _ if self.is_model() => 2,
             "phi3" => 3,
             // cli, server, train, eval, tests: what hangs off the facade.

@@ -151,6 +151,9 @@ impl Processor {
     /// # Errors
     /// [`Error::Config`] naming the field, or [`Error::NumCrops`].
     pub fn from_json(config: &serde_json::Value) -> Result<Self> {
+        if !config.is_object() {
+            return Err(Error::Config("it is not an object".to_owned()));
+        }
         let processor =
             Self::deserialize(config).map_err(|error| Error::Config(error.to_string()))?;
         let processor = processor.clone().with_num_crops(processor.num_crops)?;
