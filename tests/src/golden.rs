@@ -15,6 +15,8 @@ use safetensors::{Dtype, SafeTensors};
 pub enum Golden {
     /// int64 or uint8.
     Ids(Vec<u32>, Vec<usize>),
+    /// int64, some of it negative: places of image tokens.
+    SignedIds(Vec<i64>, Vec<usize>),
     /// float32.
     Floats(Vec<f32>, Vec<usize>),
 }
@@ -114,6 +116,11 @@ impl Kit {
         self.goldens.ids(case, name)
     }
 
+    /// The ids `<case>.<name>`, whether or not some are negative.
+    pub fn signed_ids(&self, case: &str, name: &str) -> Option<Vec<i64>> {
+        self.goldens.signed_ids(case, name)
+    }
+
     /// The shape of `<case>.<name>`.
     pub fn shape(&self, case: &str, name: &str) -> Option<&[usize]> {
         self.goldens.shape(case, name)
@@ -155,11 +162,14 @@ impl Goldens {
             let shape = view.shape().to_vec();
             let golden = match view.dtype() {
                 Dtype::I64 => {
-                    let ids = view.data().chunks_exact(8).map(|c| {
-                        c.try_into()
-                            .map(|c| i64::from_le_bytes(c).try_into().unwrap_or(u32::MAX))
-                    });
-                    Golden::Ids(ids.collect::<Result<_, _>>()?, shape)
+                    let ids = view.data().as_chunks::<8>().0;
+                    let ids: Vec<i64> = ids.iter().map(|c| i64::from_le_bytes(*c)).collect();
+                    if ids.iter().any(|id| *id < 0) {
+                        Golden::SignedIds(ids, shape)
+                    } else {
+                        let ids = ids.iter().map(|id| u32::try_from(*id).unwrap_or(u32::MAX));
+                        Golden::Ids(ids.collect(), shape)
+                    }
                 }
                 Dtype::U8 => {
                     Golden::Ids(view.data().iter().map(|b| u32::from(*b)).collect(), shape)
@@ -202,10 +212,21 @@ impl Goldens {
         }
     }
 
+    /// The ids `<case>.<name>`, whether or not some are negative.
+    pub fn signed_ids(&self, case: &str, name: &str) -> Option<Vec<i64>> {
+        match self.0.get(&format!("{case}.{name}")) {
+            Some(Golden::Ids(ids, _)) => Some(ids.iter().map(|id| i64::from(*id)).collect()),
+            Some(Golden::SignedIds(ids, _)) => Some(ids.clone()),
+            _ => None,
+        }
+    }
+
     /// The shape of `<case>.<name>`.
     pub fn shape(&self, case: &str, name: &str) -> Option<&[usize]> {
         match self.0.get(&format!("{case}.{name}"))? {
-            Golden::Ids(_, shape) | Golden::Floats(_, shape) => Some(shape),
+            Golden::Ids(_, shape) | Golden::SignedIds(_, shape) | Golden::Floats(_, shape) => {
+                Some(shape)
+            }
         }
     }
 

@@ -19,7 +19,9 @@ pub struct Recorder {
 
 impl Observer for Recorder {
     fn wants(&self, name: &str) -> bool {
-        name.starts_with("hidden_")
+        ["hidden_", "clip_", "img_"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
     }
 
     fn observe(&mut self, name: &str, value: &Tensor) -> phi3_nn::Result<()> {

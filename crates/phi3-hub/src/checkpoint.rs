@@ -21,7 +21,7 @@ use crate::source::Source;
 /// A model's files, opened: everything that is needed to build and prompt it.
 #[derive(Clone)]
 pub struct Checkpoint {
-    /// `config.json`, or what a GGUF file's metadata amount to in its terms.
+    /// `config.json`, with `clip_vision_config.json`, if there is one, as its `vision_config`; or what a GGUF file's metadata amount to in its terms.
     pub config: Value,
     /// `generation_config.json`, if there is one.
     pub generation_config: Option<Value>,
@@ -124,6 +124,7 @@ pub fn open_folder(folder: &Path) -> Result<Checkpoint, Error> {
         other => other?,
     };
     let optional = |name: &str| read_optional_json(&folder.join(name), MAX_CONFIG);
+    let config = with_vision_config(config, optional("clip_vision_config.json")?);
     let tokenizer_config = optional("tokenizer_config.json")?;
     let chat_template = chat_template(folder, tokenizer_config.as_ref())?;
     let weights = SafetensorsSource::open(folder)?;
@@ -142,6 +143,15 @@ pub fn open_folder(folder: &Path) -> Result<Checkpoint, Error> {
         weights: Arc::new(weights),
         origin: folder.display().to_string(),
     })
+}
+
+/// Phi-3-vision's config.json does not describe its image tower, which is always the same. Where
+/// a folder has one of its own, its configuration becomes `vision_config`, as in other models that see.
+fn with_vision_config(mut config: Value, vision: Option<Value>) -> Value {
+    if let (Some(fields), Some(vision)) = (config.as_object_mut(), vision) {
+        fields.entry("vision_config").or_insert(vision);
+    }
+    config
 }
 
 fn single_gguf(folder: &Path) -> Result<Option<PathBuf>, Error> {

@@ -62,7 +62,10 @@ pub use attention::{
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use block_sparse::BlockSparseLayout;
 pub use environment::{EnvironmentError, check_environment};
-pub use ops::{argmax, dequantize, gather_rows, gegelu, linear, matmul, rms_norm, rope, silu_mul};
+pub use ops::{
+    add_to_rows, argmax, dequantize, gather_rows, gegelu, layer_norm, linear, matmul, quick_gelu,
+    rms_norm, rope, silu_mul,
+};
 pub use probe::{InstructionSet, Probe, probe};
 pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};

@@ -223,6 +223,55 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     });
 }
 
+/// Layer norm of rows: `out = (x - mean) / sqrt(mean((x - mean)²) + eps) * weight + bias`, each row
+/// as long as `weight` and `bias`; `x` and `out` are `[n, weight.len()]`. Statistics are f32, the
+/// variance from the differences, so that a large mean costs no digits.
+///
+/// # Panics
+/// When `x` and `out`, or `weight` and `bias`, differ in length, or rows are not whole.
+pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    check_rows("layer_norm: bias", bias.len(), width, 1);
+    check_rows("layer_norm: x", x.len(), width, out.len() / width.max(1));
+    check_rows("layer_norm: out", out.len(), width, x.len() / width.max(1));
+    threads::for_each_part(out, width, x.len().saturating_mul(3), |first, out| {
+        let x = x[first * width..].chunks_exact(width);
+        for (x, out) in x.zip(out.chunks_exact_mut(width)) {
+            scalar::layer_norm_row(x, weight, bias, eps, out);
+        }
+    });
+}
+
+/// CLIP's activation, `out = x * sigmoid(1.702 x)`: within 2e-7 of the largest of 1 and its
+/// magnitude.
+///
+/// # Panics
+/// When `x` and `out` differ in length.
+pub fn quick_gelu(x: &[f32], out: &mut [f32]) {
+    check_rows("quick_gelu: x", x.len(), 1, out.len());
+    let work = out.len().saturating_mul(EXP_WORK);
+    threads::for_each_part(out, 1, work, |first, out| {
+        scalar::quick_gelu_row(&x[first..][..out.len()], out);
+    });
+}
+
+/// Adds `bias` to every row of `x`, `[n, bias.len()]`.
+///
+/// # Panics
+/// When `x` is not a whole number of rows.
+pub fn add_to_rows(x: &mut [f32], bias: &[f32]) {
+    let width = bias.len();
+    check_rows("add_to_rows: x", x.len(), width, x.len() / width.max(1));
+    let work = x.len();
+    threads::for_each_part(x, width, work, |_, x| {
+        for row in x.chunks_exact_mut(width) {
+            for (x, bias) in row.iter_mut().zip(bias) {
+                *x += bias;
+            }
+        }
+    });
+}
+
 /// The gated activation of Phi-3's MLP: `out = up * silu(gate)`, `silu(g) = g / (1 + exp(-g))`.
 /// Rows of `gate_up` are `[gate | up]`, each half `intermediate` long; `out` is
 /// `[n, intermediate]`.
@@ -327,6 +376,43 @@ mod tests {
         assert_eq!(argmax(&[f32::NAN, f32::NEG_INFINITY, f32::NAN]), Some(1));
         assert_eq!(argmax(&[1.0, 3.0, f32::NAN, 3.0]), Some(1));
         assert_eq!(argmax(&[-0.0, 0.0]), Some(0));
+    }
+
+    #[test]
+    fn quick_gelu_is_what_its_formula_says() {
+        let x: Vec<f32> = (-60_000..60_000).map(|i| i as f32 / 500.0).collect();
+        let mut out = vec![f32::NAN; x.len()];
+        quick_gelu(&x, &mut out);
+        for (x, out) in x.iter().zip(out) {
+            let wide = f64::from(*x);
+            let expected = wide / (1.0 + (-1.702 * wide).exp());
+            let error = (f64::from(out) - expected).abs();
+            assert!(
+                error <= 2e-7 * wide.abs().max(1.0),
+                "{x}: {out}, {expected}"
+            );
+        }
+        let mut out = [0.0; 3];
+        quick_gelu(&[f32::INFINITY, f32::NEG_INFINITY, f32::NAN], &mut out);
+        assert_eq!(out[0], f32::INFINITY);
+        assert!(out[2].is_nan(), "{out:?}");
+    }
+
+    #[test]
+    fn layer_norm_and_bias_by_hand() {
+        let mut out = [0.0; 4];
+        layer_norm(
+            &[3.0, 7.0, 1.0, 1.0],
+            &[1.0, 2.0],
+            &[0.0, 5.0],
+            1e-9,
+            &mut out,
+        );
+        assert_eq!(out, [-1.0, 7.0, 0.0, 5.0]);
+        add_to_rows(&mut out, &[1.0, -5.0]);
+        assert_eq!(out, [0.0, 2.0, 1.0, 0.0]);
+        layer_norm(&[], &[], &[], 1e-5, &mut []);
+        add_to_rows(&mut [], &[]);
     }
 
     #[test]

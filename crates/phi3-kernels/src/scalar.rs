@@ -99,6 +99,69 @@ pub(crate) fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32])
     }
 }
 
+/// One row: `(x - mean) / sqrt(variance + eps) * weight + bias`.
+#[inline(always)]
+pub(crate) fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let mean = sum(x) / x.len() as f32;
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x - mean;
+    }
+    let scale = 1.0 / (dot(out, out) / x.len() as f32 + eps).sqrt();
+    for ((out, weight), bias) in out.iter_mut().zip(weight).zip(bias) {
+        *out = *out * scale * weight + bias;
+    }
+}
+
+/// The sum, in an order that depends on the length alone.
+#[inline(always)]
+fn sum(x: &[f32]) -> f32 {
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for x in chunks {
+        for i in 0..LANES {
+            lanes[i] += x[i];
+        }
+    }
+    lanes.iter().chain(tail).sum()
+}
+
+/// `x * sigmoid(1.702 x)`.
+#[inline(always)]
+pub(crate) fn quick_gelu_row(x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x / (1.0 + exp(-1.702 * x));
+    }
+}
+
+/// `exp(x)` within 2 units in the last place, of which the compiler can do several at once: 2^k
+/// times a polynomial, k being what rounding `x / ln 2` to an integer leaves in the low bits of a
+/// large number. What would be infinite is at most 2e38, what would be subnormal 1e-38; NaN stays.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // 1.5 * 2^23: numbers of this size are whole.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts, the first of few digits, so that its multiples are exact.
+    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    // 1/7! to 1/2!.
+    const TAYLOR: [f32; 6] = [
+        1.0 / 5040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+    ];
+    // Comparisons, since `min` and `max` would lose a NaN.
+    let x = if x > 88.0 { 88.0 } else { x };
+    let x = if x < -87.0 { -87.0 } else { x };
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let k = rounded - ROUND;
+    let r = (x - k * LN_2[0]) - k * LN_2[1];
+    let tail = TAYLOR.iter().fold(0.0, |sum, factor| sum * r + factor);
+    let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(1f32.to_bits()));
+    (1.0 + (r + r * r * tail)) * power
+}
+
 /// One row: `up * silu(gate)` with `silu(g) = g / (1 + exp(-g))`.
 #[inline(always)]
 pub(crate) fn silu_mul_row(gate: &[f32], up: &[f32], out: &mut [f32]) {

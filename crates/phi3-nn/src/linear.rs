@@ -151,8 +151,11 @@ impl Linear {
         }
         let y = match &self.weight {
             Weight::Stored(stored) => {
-                let y = host::with_f32(x, |x| stored_matmul(&self.name, x, rows, stored))??;
-                Tensor::from_vec(y, (rows, self.out_features), x.device())?
+                let mut y = host::with_f32(x, |x| stored_matmul(&self.name, x, rows, stored))??;
+                if let Some(bias) = &self.bias {
+                    host::with_f32(bias, |bias| phi3_kernels::add_to_rows(&mut y, bias))?;
+                }
+                return Ok(Tensor::from_vec(y, (rows, self.out_features), x.device())?);
             }
             Weight::Device(matrices) => {
                 let parts = matrices.iter().map(|matrix| matrix.forward(x));

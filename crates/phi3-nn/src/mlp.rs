@@ -58,6 +58,29 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Tensor> {
     Ok((up * gate.silu()?)?)
 }
 
+/// CLIP's activation: x · sigmoid(1.702 x), elementwise.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let x = Tensor::new(&[0f32, 2., -40.], &Device::Cpu)?;
+/// let y = phi3_nn::quick_gelu(&x)?.to_vec1::<f32>()?;
+/// assert_eq!(y[0], 0.0);
+/// assert!((y[1] - 2.0 * 0.967814).abs() < 1e-5 && y[2].abs() < 1e-20);
+/// # Ok::<(), phi3_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`crate::Error::Candle`] if a tensor operation fails.
+pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() && !x.track_op() {
+        let mut out = vec![0f32; x.elem_count()];
+        host::with_f32(x, |x| phi3_kernels::quick_gelu(x, &mut out))?;
+        return Ok(Tensor::from_vec(out, x.shape(), x.device())?);
+    }
+    // x · sigmoid(1.702 x) is silu(1.702 x) / 1.702.
+    Ok(((x * 1.702)?.silu()? / 1.702)?)
+}
+
 /// Phi-3-small's gated activation: `[n, 2I]` rows of interleaved pairs (a, b) to
 /// a · sigmoid(1.702 a) · (b + 1), `[n, I]`, with a at most `limit` and b within `limit` on both
 /// sides; infinite values pass the limit.

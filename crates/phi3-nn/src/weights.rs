@@ -415,6 +415,24 @@ impl Weights {
         Ok(found)
     }
 
+    /// The shape of the tensor `name`, for a model whose configuration does not tell it.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] or [`Error::Source`], naming the tensor.
+    pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        match self.find(name)? {
+            Some(tensor) => Ok(tensor.shape().to_vec()),
+            None => Err(self.missing(name)),
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::MissingTensor {
+            name: self.full_name(name),
+            origin: self.source.origin(),
+        }
+    }
+
     /// The tensor `name` as stored; its shape must be `shape`.
     ///
     /// # Errors
@@ -422,10 +440,7 @@ impl Weights {
     pub fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor> {
         let full = self.full_name(name);
         let Some(tensor) = self.find(name)? else {
-            return Err(Error::MissingTensor {
-                name: full,
-                origin: self.source.origin(),
-            });
+            return Err(self.missing(name));
         };
         if tensor.shape() != shape {
             return Err(Error::TensorShape {

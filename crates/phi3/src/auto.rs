@@ -18,11 +18,13 @@ pub enum ModelConfig {
     PhiMoe(phi_3_5_moe::Config),
     /// `phi3small`: Phi-3-small.
     Phi3Small(phi_3_small::Config),
+    /// `phi3_v`: Phi-3-vision, Phi-3.5-vision.
+    Phi3V(phi_3_5_vision::Config),
 }
 
 impl ModelConfig {
     /// Every `model_type` that can be built.
-    pub const MODEL_TYPES: [&'static str; 3] = ["phi3", "phi3small", "phimoe"];
+    pub const MODEL_TYPES: [&'static str; 4] = ["phi3", "phi3_v", "phi3small", "phimoe"];
 
     /// Reads config.json and chooses the model.
     ///
@@ -34,6 +36,7 @@ impl ModelConfig {
             Some("phi3") => Ok(Self::Phi3(phi_3_mini::Config::from_json(config)?)),
             Some("phimoe") => Ok(Self::PhiMoe(phi_3_5_moe::Config::from_json(config)?)),
             Some("phi3small") => Ok(Self::Phi3Small(phi_3_small::Config::from_json(config)?)),
+            Some("phi3_v") => Ok(Self::Phi3V(phi_3_5_vision::Config::from_json(config)?)),
             other => Err(Error::ModelType {
                 found: other.unwrap_or("(none)").to_owned(),
                 supported: Self::MODEL_TYPES.join(", "),
@@ -50,6 +53,21 @@ impl ModelConfig {
             Self::Phi3(config) => Ok(Arc::new(phi_3_mini::Model::new(config, weights)?)),
             Self::PhiMoe(config) => Ok(Arc::new(phi_3_5_moe::Model::new(config, weights)?)),
             Self::Phi3Small(config) => Ok(Arc::new(phi_3_small::Model::new(config, weights)?)),
+            Self::Phi3V(config) => Ok(Arc::new(phi_3_5_vision::Model::new(config, weights)?)),
+        }
+    }
+
+    /// Builds the model if it is one that sees images, as the type that shows them to it.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::build`].
+    pub fn build_vision(&self, weights: Weights) -> Result<Option<Arc<phi_3_5_vision::Model>>> {
+        match self {
+            Self::Phi3V(config) => {
+                let model = phi_3_5_vision::Model::new(config, weights)?;
+                Ok(Some(Arc::new(model)))
+            }
+            _ => Ok(None),
         }
     }
 
@@ -59,6 +77,7 @@ impl ModelConfig {
             Self::Phi3(config) => config.info(),
             Self::PhiMoe(config) => config.info(),
             Self::Phi3Small(config) => config.info(),
+            Self::Phi3V(config) => config.info(),
         }
     }
 
@@ -68,6 +87,7 @@ impl ModelConfig {
             Self::Phi3(config) => config.cache_spec(store),
             Self::PhiMoe(config) => config.cache_spec(store),
             Self::Phi3Small(config) => config.cache_spec(store),
+            Self::Phi3V(config) => config.cache_spec(store),
         }
     }
 
@@ -77,6 +97,7 @@ impl ModelConfig {
             Self::Phi3(config) => &config.rope,
             Self::PhiMoe(config) => &config.rope,
             Self::Phi3Small(config) => &config.rope,
+            Self::Phi3V(config) => &config.decoder.rope,
         }
     }
 
@@ -86,6 +107,7 @@ impl ModelConfig {
             Self::Phi3(config) => config.num_attention_heads,
             Self::PhiMoe(config) => config.num_attention_heads,
             Self::Phi3Small(config) => config.num_attention_heads,
+            Self::Phi3V(config) => config.decoder.num_attention_heads,
         }
     }
 

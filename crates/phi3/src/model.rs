@@ -47,6 +47,7 @@ pub struct LoadOptions {
 /// A model with everything that is needed to prompt it.
 pub struct LanguageModel {
     model: Arc<dyn CausalLm>,
+    vision: Option<Arc<phi_3_5_vision::Model>>,
     config: ModelConfig,
     tokenizer: Option<Arc<Tokenizer>>,
     template: Option<Arc<ChatTemplate>>,
@@ -103,7 +104,11 @@ impl LanguageModel {
             Some(budget) => weights.with_residency(Arc::clone(budget) as Arc<dyn Residency>),
             None => weights,
         };
-        let model = config.build(weights.clone())?;
+        let vision = config.build_vision(weights.clone())?;
+        let model: Arc<dyn CausalLm> = match &vision {
+            Some(vision) => Arc::clone(vision) as Arc<dyn CausalLm>,
+            None => config.build(weights.clone())?,
+        };
         if let (Some(budget), Some(limit)) = (&budget, options.memory_budget) {
             let all: u64 = checkpoint.tensors.iter().map(|tensor| tensor.bytes).sum();
             let others = all.saturating_sub(budget.counters().group_bytes);
@@ -128,6 +133,7 @@ impl LanguageModel {
         };
         Ok(Self {
             model,
+            vision,
             config,
             tokenizer: tokenizer.map(Arc::new),
             template: template.map(Arc::new),
@@ -147,6 +153,11 @@ impl LanguageModel {
     /// What keeping within [`LoadOptions::memory_budget`] took so far.
     pub fn memory_counters(&self) -> Option<Counters> {
         self.budget.as_ref().map(|budget| budget.counters())
+    }
+
+    /// The same model as one that images can be shown to, if it is.
+    pub fn vision(&self) -> Option<&Arc<phi_3_5_vision::Model>> {
+        self.vision.as_ref()
     }
 
     /// Its checked configuration.

@@ -36,11 +36,14 @@ fn a_full_folder() {
         ("tokenizer_config.json", r#"{"chat_template":"T"}"#),
         ("special_tokens_map.json", "{}"),
         ("preprocessor_config.json", r#"{"num_crops":4}"#),
+        ("clip_vision_config.json", r#"{"num_attention_heads":2}"#),
         ("cl100k_base.tiktoken", "IQ== 0"),
     ]);
     let source = Source::Folder(folder.path().to_owned());
     let checkpoint = open(&source, &HubOptions::default()).unwrap();
     assert_eq!(checkpoint.config["model_type"], "phi3");
+    let vision = &checkpoint.config["vision_config"];
+    assert_eq!(vision["num_attention_heads"], 2);
     assert_eq!(
         checkpoint.generation_config.unwrap()["eos_token_id"],
         json!([1, 2])

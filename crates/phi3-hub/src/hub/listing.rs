@@ -169,12 +169,13 @@ impl Listing {
 
 /// The small files that some part of this project reads.
 fn is_needed(file: &str) -> bool {
-    const EXACT: [&str; 5] = [
+    const EXACT: [&str; 6] = [
         "config.json",
         "generation_config.json",
         "special_tokens_map.json",
         "chat_template.jinja",
         "preprocessor_config.json",
+        "clip_vision_config.json",
     ];
     let tokenizer = file.starts_with("tokenizer") && file.ends_with(".json") && !file.contains('/');
     let template = file
@@ -243,6 +244,7 @@ mod tests {
             "sub/tokenizer.json",
             "additional_chat_templates/tools.jinja",
             "preprocessor_config.json",
+            "clip_vision_config.json",
             "flax_model.msgpack",
         ];
         let expected = [
@@ -255,6 +257,7 @@ mod tests {
             "cl100k_base.tiktoken",
             "additional_chat_templates/tools.jinja",
             "preprocessor_config.json",
+            "clip_vision_config.json",
             "model.safetensors",
         ];
         assert_eq!(
