@@ -14,7 +14,7 @@ case $seconds in
     '' | *[!0-9]*) echo "usage: scripts/fuzz.sh [SECONDS [TARGET...]]" >&2; exit 2 ;;
 esac
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- gguf safetensors config template tokenizer_json
+[ $# -gt 0 ] || set -- gguf safetensors config template tokenizer_json processor
 
 host=$(rustc +nightly -vV | sed -n 's/^host: //p')
 if [ -z "$host" ]; then

@@ -9,6 +9,7 @@ use candle_core::DType;
 use clap::ValueEnum;
 use phi3::hub::quantize::Mix;
 use phi3::hub::{Checkpoint, HubOptions, Source, TerminalProgress};
+use phi3::image::Image;
 use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
 
 /// Which model, and from where.
@@ -132,6 +133,35 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .map_err(|_| format!("{number:?} is no number"))?;
     // Beyond 2^64 there is no such memory, and the conversion takes the largest number.
     Ok((number * unit) as u64)
+}
+
+/// Pictures that a prompt shows.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct ImageArgs {
+    /// Show this picture (PNG, JPEG, WebP, GIF or BMP) with the prompt; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+    /// Most crops of a picture [default: the checkpoint's number].
+    #[arg(long, value_name = "N")]
+    pub num_crops: Option<usize>,
+}
+
+impl ImageArgs {
+    /// Sets the number of crops, and says before anything is computed if there is nothing to see with.
+    pub fn prepare(&self, model: &mut LanguageModel) -> Result<()> {
+        if let Some(num_crops) = self.num_crops {
+            model.set_num_crops(num_crops)?;
+        }
+        if !self.image.is_empty() {
+            model.image_processor()?;
+        }
+        Ok(())
+    }
+
+    /// The pictures.
+    pub fn images(&self) -> Vec<Image> {
+        self.image.iter().map(Image::path).collect()
+    }
 }
 
 /// A dtype by name.

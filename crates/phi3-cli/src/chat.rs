@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use phi3::image::Image;
 use phi3::text::FinishReason;
 use phi3::{Chat, LanguageModel};
 
-use crate::args::{ComputeArgs, SourceArgs, load};
+use crate::args::{ComputeArgs, ImageArgs, SourceArgs, load};
 use crate::input::{Conversation, Input};
 use crate::sampling::SamplingArgs;
 use crate::{interrupt, output, system};
@@ -20,6 +21,8 @@ pub struct Args {
     source: SourceArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    images: ImageArgs,
     /// A system message to begin with; /system changes it.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -42,14 +45,19 @@ const HELP: &str = "\
 /reset          forget the conversation, not the system message
 /system TEXT    set the system message (no TEXT: remove it) and forget the conversation
 /stats          print tokens per second after each answer, or stop doing so
+/image FILE     show a picture with the next message
 /help           this list
 /exit           leave, as Ctrl-D does
 A line that ends in \\ goes on in the next one; Ctrl-C stops an answer.";
 
-const COMMANDS: [&str; 6] = ["/reset", "/system ", "/stats", "/help", "/exit", "/quit"];
+const COMMANDS: [&str; 7] = [
+    "/reset", "/system ", "/stats", "/image ", "/help", "/exit", "/quit",
+];
 
 pub fn run(args: &Args) -> Result<()> {
-    let model = load(&args.source, &args.compute)?;
+    let mut model = load(&args.source, &args.compute)?;
+    args.images.prepare(&mut model)?;
+    let model = model;
     let mut chat = model.chat()?;
     chat.settings.sampling = args.sampling.params(model.default_sampling());
     chat.settings.max_new_tokens = args.sampling.max_new_tokens;
@@ -63,6 +71,9 @@ pub fn run(args: &Args) -> Result<()> {
     };
     if let Some(system) = &args.system {
         session.set_system(system);
+    }
+    for image in args.images.images() {
+        session.chat.show(&image)?;
     }
     let history = args.history.clone().or_else(default_history);
     let mut conversation = Conversation::new(&COMMANDS, history)?;
@@ -135,6 +146,7 @@ impl Session<'_> {
                     false => "(tokens per second: off)",
                 });
             }
+            "/image" => self.show(rest.trim()),
             _ if is_command(command) => {
                 output::note(&format!("{command} is no command; /help lists them"));
             }
@@ -148,6 +160,23 @@ impl Session<'_> {
         self.chat.set_system(text);
         if let Ok(template) = self.model.chat_template() {
             system::warn_if_ignored(template, text);
+        }
+    }
+
+    /// A picture for the next message.
+    fn show(&mut self, file: &str) {
+        if file.is_empty() {
+            output::note("(/image FILE shows a picture with the next message)");
+            return;
+        }
+        match self.chat.show(&Image::path(file)) {
+            Ok(layout) => output::note(&format!(
+                "(image {}: {} crops, {} tokens; it goes with the next message)",
+                self.chat.images().len(),
+                layout.crops(),
+                layout.tokens()
+            )),
+            Err(error) => output::report(&error.into()),
         }
     }
 

@@ -1,13 +1,14 @@
 //! `phi3 generate`: one prompt, one answer.
 
 use anyhow::Result;
-use phi3::LanguageModel;
+use phi3::image::Limits;
 use phi3::text::{
     EventKind, FinishReason, Finished, Generator, Message, Request, Token, Tokenizer,
 };
+use phi3::{LanguageModel, SeenImage};
 use serde_json::{Value, json};
 
-use crate::args::{ComputeArgs, SourceArgs, load};
+use crate::args::{ComputeArgs, ImageArgs, SourceArgs, load};
 use crate::sampling::SamplingArgs;
 use crate::{input, interrupt, output, system};
 
@@ -22,6 +23,8 @@ pub struct Args {
     /// The prompt; if it is left out, stdin without its last line break.
     #[arg(long, short, value_name = "TEXT")]
     prompt: Option<String>,
+    #[command(flatten)]
+    images: ImageArgs,
     /// A system message for the chat template.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
@@ -41,7 +44,8 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let prompt = input::prompt(args.prompt.as_deref())?;
-    let model = load(&args.source, &args.compute)?;
+    let mut model = load(&args.source, &args.compute)?;
+    args.images.prepare(&mut model)?;
     let tokenizer = model.tokenizer()?;
     let mut request = prompt_request(&model, args, &prompt)?;
     request.params = args.sampling.params(model.default_sampling());
@@ -82,6 +86,15 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn prompt_request(model: &LanguageModel, args: &Args, prompt: &str) -> Result<Request> {
     let tokenizer = model.tokenizer()?;
+    let images = model_images(model, args)?;
+    let tags: String = (1..=images.len())
+        .map(|k| format!("<|image_{k}|>\n"))
+        .collect();
+    // A prompt that names its pictures itself is left as it is.
+    let prompt = &match prompt.contains("<|image_1|>") {
+        true => prompt.to_owned(),
+        false => tags + prompt,
+    };
     let template = match args.raw {
         true => None,
         // A system message cannot be dropped silently, so then the template must be there.
@@ -89,7 +102,10 @@ fn prompt_request(model: &LanguageModel, args: &Args, prompt: &str) -> Result<Re
         false => model.chat_template().ok(),
     };
     let Some(template) = template else {
-        let mut request = Request::new(tokenizer.encode(prompt, true)?);
+        let mut request = match model.vision() {
+            Some(_) => model.image_prompt(prompt, &images)?.into_request(),
+            None => Request::new(tokenizer.encode(prompt, true)?),
+        };
         request.continues_prompt = true;
         return Ok(request);
     };
@@ -101,9 +117,19 @@ fn prompt_request(model: &LanguageModel, args: &Args, prompt: &str) -> Result<Re
     if let Some(system) = &args.system {
         system::warn_if_ignored(template, system);
     }
-    messages.push(Message::user(prompt));
+    messages.push(Message::user(prompt.as_str()));
     let rendered = template.render(&messages, true)?;
-    Ok(Request::new(tokenizer.encode_chat(&rendered)?))
+    Ok(match model.vision() {
+        Some(_) => model.image_prompt(&rendered, &images)?.into_request(),
+        None => Request::new(tokenizer.encode_chat(&rendered)?),
+    })
+}
+
+fn model_images(model: &LanguageModel, args: &Args) -> Result<Vec<SeenImage>> {
+    if args.images.image.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(model.see(&args.images.images(), &Limits::default())?)
 }
 
 fn token_json(token: &Token, tokenizer: &Tokenizer) -> Value {

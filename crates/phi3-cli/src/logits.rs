@@ -5,11 +5,13 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use phi3::LanguageModel;
 use phi3::hub::safetensors::{TensorData, TensorToWrite, write_safetensors};
+use phi3::image::{CROP, Limits};
 use phi3::nn::{CausalLm, Input, KvCache, LogitRows, ModelInfo, Observer, Recompute, Span};
 
-use crate::args::{ComputeArgs, SourceArgs, load_exactly};
+use crate::args::{ComputeArgs, ImageArgs, SourceArgs, load_exactly};
 use crate::output::UsageError;
 
 /// Runs token ids and writes `logits` f32 [n, vocab], row i after id i.
@@ -23,8 +25,21 @@ pub struct Args {
     #[command(flatten)]
     compute: ComputeArgs,
     /// A JSON array of token ids; several files run packed in one batch.
-    #[arg(long, required = true, num_args = 1.., value_name = "FILE.json")]
+    #[arg(
+        long,
+        required_unless_present = "prompt",
+        conflicts_with_all = ["prompt", "image", "num_crops"],
+        num_args = 1..,
+        value_name = "FILE.json"
+    )]
     ids: Vec<PathBuf>,
+    /// Instead of ids a text, tokenized as the reference does, with the tokenizer's BOS. Writes
+    /// input_ids too; with pictures, which it names <|image_1|>, <|image_2|>, …, also pixel_values
+    /// [images, crops + 1, 3, 336, 336] and image_sizes [images, 2]; image k's ids are then -k.
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    #[command(flatten)]
+    images: ImageArgs,
     /// Run the first K ids as prefill and each later one as one cached step [default: all prefill].
     #[arg(long, value_name = "K")]
     decode_from: Option<NonZeroUsize>,
@@ -60,6 +75,8 @@ struct Sequence {
     /// What its tensors' names start with.
     prefix: String,
     ids: Vec<u32>,
+    /// What runs instead of the embeddings of the ids, and what is written of it.
+    shown: Option<Shown>,
     /// Ids that have run.
     done: usize,
     cache: KvCache,
@@ -67,6 +84,16 @@ struct Sequence {
     hidden: BTreeMap<String, Hidden>,
     generated: Vec<u32>,
     generated_rows: Vec<f32>,
+}
+
+/// A prompt as the model reads it.
+struct Shown {
+    input_ids: Vec<i64>,
+    rows: Tensor,
+    pixel_values: Vec<f32>,
+    /// Of `pixel_values`: images and crops of each.
+    shape: [usize; 2],
+    image_sizes: Vec<i64>,
 }
 
 #[derive(Default)]
@@ -81,7 +108,12 @@ pub fn run(args: &Args) -> Result<()> {
     // What can be wrong with the files is said before the model is loaded and run.
     let inputs = read_all(&args.ids)?;
     check_out(&args.out)?;
-    let model = load_exactly(&args.source, &args.compute)?;
+    let mut model = load_exactly(&args.source, &args.compute)?;
+    args.images.prepare(&mut model)?;
+    let shown = match &args.prompt {
+        Some(prompt) => Some(show(&model, prompt, &args.images)?),
+        None => None,
+    };
     let model = model.model().as_ref();
     for (path, input) in args.ids.iter().zip(&inputs) {
         input
@@ -92,6 +124,22 @@ pub fn run(args: &Args) -> Result<()> {
         .into_iter()
         .map(|input| Sequence::new(input, new_cache(model, args.recompute)))
         .collect();
+    if let Some(shown) = shown {
+        let mut sequence = Sequence::new(
+            IdsFile {
+                prefix: String::new(),
+                // Images' places are no ids; what runs are the rows.
+                ids: shown
+                    .input_ids
+                    .iter()
+                    .map(|id| u32::try_from(*id).unwrap_or(0))
+                    .collect(),
+            },
+            new_cache(model, args.recompute),
+        );
+        sequence.shown = Some(shown);
+        sequences.push(sequence);
+    }
 
     let prefill = args.decode_from.map_or(usize::MAX, NonZeroUsize::get);
     step(model, &mut sequences, args.hidden, |sequence| {
@@ -107,6 +155,43 @@ pub fn run(args: &Args) -> Result<()> {
     }
     generate(model, &mut sequences, args.generate)?;
     write(&args.out, &sequences, model.info().vocab_size)
+}
+
+/// Ids, rows and pixels of a prompt.
+fn show(model: &LanguageModel, prompt: &str, args: &ImageArgs) -> Result<Shown> {
+    let mut shown = Shown {
+        input_ids: Vec::new(),
+        rows: Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+        pixel_values: Vec::new(),
+        shape: [0, 0],
+        image_sizes: Vec::new(),
+    };
+    if model.vision().is_none() {
+        let ids = model.tokenizer()?.encode(prompt, true)?;
+        shown.rows = model.model().embed(&ids)?;
+        shown.input_ids = ids.into_iter().map(i64::from).collect();
+        return Ok(shown);
+    }
+    let processor = model.image_processor()?;
+    let mut processed = Vec::new();
+    for image in args.images() {
+        let image = processor.process(&image.open(&Limits::default())?)?;
+        shown.pixel_values.extend(image.filled(processor.num_crops));
+        let size = [image.layout.height(), image.layout.width()];
+        for side in size {
+            shown.image_sizes.push(i64::try_from(side)?);
+        }
+        processed.push(image);
+    }
+    shown.shape = [processed.len(), processor.num_crops + 1];
+    let seen = model.see_processed(&processed)?;
+    let prompt = model.image_prompt(prompt, &seen)?;
+    (shown.input_ids, shown.rows) = (prompt.ids, prompt.embeddings);
+    ensure!(
+        !shown.input_ids.is_empty(),
+        "--prompt: the text has no token"
+    );
+    Ok(shown)
 }
 
 /// What a file holds, and the prefix of its tensors.
@@ -204,6 +289,7 @@ impl Sequence {
         Self {
             prefix: input.prefix,
             ids: input.ids,
+            shown: None,
             done: 0,
             cache,
             logits: Vec::new(),
@@ -230,7 +316,22 @@ fn step(
         .collect();
     let mut recorder = Recorder::default();
     let observer = hidden.then_some(&mut recorder as &mut dyn Observer);
-    let mut rows = forward(model, sequences, &counts, &ids, observer)?.into_iter();
+    let shown = match sequences.first() {
+        Some(Sequence {
+            shown: Some(shown),
+            done,
+            ..
+        }) => {
+            let count = counts.first().copied().unwrap_or(0);
+            Some(shown.rows.narrow(0, *done, count)?)
+        }
+        _ => None,
+    };
+    let input = match &shown {
+        Some(rows) => Input::Embeddings(rows),
+        None => Input::Ids(&ids),
+    };
+    let mut rows = forward(model, sequences, &counts, input, observer)?.into_iter();
     for (sequence, count) in sequences.iter_mut().zip(&counts) {
         sequence.done += count;
         sequence.logits.extend(rows.by_ref().take(*count).flatten());
@@ -256,7 +357,7 @@ fn forward(
     model: &dyn CausalLm,
     sequences: &mut [Sequence],
     counts: &[usize],
-    ids: &[u32],
+    input: Input<'_>,
     observer: Option<&mut dyn Observer>,
 ) -> Result<Vec<Vec<f32>>> {
     let mut spans: Vec<Span<'_>> = sequences
@@ -265,7 +366,7 @@ fn forward(
         .filter(|(_, count)| **count > 0)
         .map(|(sequence, count)| Span::new(*count, &mut sequence.cache).with_logits(LogitRows::All))
         .collect();
-    let logits = model.forward(Input::Ids(ids), &mut spans, observer)?;
+    let logits = model.forward(input, &mut spans, observer)?;
     Ok(logits.to_vec2()?)
 }
 
@@ -285,7 +386,13 @@ fn generate(model: &dyn CausalLm, sequences: &mut [Sequence], count: usize) -> R
                 .iter()
                 .filter_map(|sequence| sequence.generated.last().copied());
             let ids: Vec<u32> = last.collect();
-            rows = forward(model, sequences, &vec![1; ids.len()], &ids, None)?;
+            rows = forward(
+                model,
+                sequences,
+                &vec![1; ids.len()],
+                Input::Ids(&ids),
+                None,
+            )?;
         }
         for (sequence, row) in sequences.iter_mut().zip(&rows) {
             let best = phi3::argmax(row).context("the logits hold no number to choose by")?;
@@ -306,6 +413,17 @@ fn write(out: &Path, sequences: &[Sequence], vocab: usize) -> Result<()> {
             vec![sequence.ids.len(), vocab],
             &sequence.logits,
         ));
+        if let Some(shown) = &sequence.shown {
+            let count = shown.input_ids.len();
+            ids.push((name("input_ids"), vec![count], shown.input_ids.clone()));
+            let [images, crops] = shown.shape;
+            if images > 0 {
+                let shape = vec![images, crops, 3, CROP, CROP];
+                floats.push((name("pixel_values"), shape, &shown.pixel_values));
+                let sizes = shown.image_sizes.clone();
+                ids.push((name("image_sizes"), vec![images, 2], sizes));
+            }
+        }
         for (hidden_name, hidden) in &sequence.hidden {
             let shape = vec![hidden.values.len() / hidden.width.max(1), hidden.width];
             if hidden.indices {

@@ -10,6 +10,7 @@ mod chat;
 mod download;
 mod eval;
 mod generate;
+mod image_info;
 mod input;
 mod inspect;
 mod interrupt;
@@ -50,6 +51,8 @@ enum Command {
     Tokenize(tokenize::Args),
     /// Write the logits of given token ids, for comparison with another implementation.
     Logits(logits::Args),
+    /// Draw how a picture is cut into crops, and state the tokens it takes.
+    ImageInfo(image_info::Args),
     /// Measure how fast a model is on this machine.
     Bench(Box<bench::Args>),
     /// Write a model as one GGUF file, in fewer bits.
@@ -90,6 +93,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::ImageInfo(args) => image_info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Eval(args) => eval::run(&args),

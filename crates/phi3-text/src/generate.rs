@@ -149,12 +149,19 @@ impl<'m> Generator<'m> {
         }
         let mut ids: Vec<u32> = Vec::new();
         let mut spans: Vec<Span<'_>> = Vec::new();
+        let mut own_rows: Vec<(usize, Option<Tensor>)> = Vec::new();
         for sequence in self.live.iter_mut().filter(|sequence| sequence.rows > 0) {
+            own_rows.push((sequence.rows, sequence.own_rows()?));
             let (rows, span) = sequence.span();
             ids.extend_from_slice(rows);
             spans.push(span);
         }
-        let logits = self.model.forward(Input::Ids(&ids), &mut spans, None)?;
+        let embeddings = embed(self.model, &ids, &own_rows)?;
+        let input = match &embeddings {
+            Some(rows) => Input::Embeddings(rows),
+            None => Input::Ids(&ids),
+        };
+        let logits = self.model.forward(input, &mut spans, None)?;
         rows_of(&logits)
     }
 
@@ -283,6 +290,29 @@ pub fn complete(
         }
     }
     Ok(completions)
+}
+
+/// The rows of a batch in which a prompt brings its own; `None` if none does.
+fn embed(
+    model: &dyn CausalLm,
+    ids: &[u32],
+    own_rows: &[(usize, Option<Tensor>)],
+) -> Result<Option<Tensor>> {
+    if own_rows.iter().all(|(_, rows)| rows.is_none()) {
+        return Ok(None);
+    }
+    let mut pieces = Vec::with_capacity(own_rows.len());
+    let mut start = 0;
+    for (len, rows) in own_rows {
+        let ids = ids.get(start..start + len).unwrap_or_default();
+        pieces.push(match rows {
+            Some(rows) => rows.clone(),
+            None => model.embed(ids)?,
+        });
+        start += len;
+    }
+    let rows = Tensor::cat(&pieces, 0).map_err(phi3_nn::Error::from)?; // [n, hidden]
+    Ok(Some(rows))
 }
 
 /// The rows of `[rows, vocab_size]` in host memory.

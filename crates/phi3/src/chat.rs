@@ -6,7 +6,9 @@ use phi3_text::{
 };
 
 use crate::error::Result;
+use crate::image::{Image, Layout, Limits};
 use crate::model::LanguageModel;
+use crate::seen::{SeenImage, tagged};
 
 /// How a conversation's answers are generated.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +38,12 @@ pub struct Chat<'m> {
     template: &'m ChatTemplate,
     messages: Vec<Message>,
     cache: Option<CachedPrefix>,
+    /// What the model has seen, in the order of its tags.
+    images: Vec<SeenImage>,
+    /// Those of them that belong to a message; the others go with the next.
+    sent_images: usize,
+    /// What pictures may cost.
+    pub limits: Limits,
     /// How answers are generated; may be changed between turns.
     pub settings: ChatSettings,
 }
@@ -48,6 +56,9 @@ impl<'m> Chat<'m> {
             template: model.chat_template()?,
             messages: Vec::new(),
             cache: None,
+            images: Vec::new(),
+            sent_images: 0,
+            limits: Limits::default(),
             settings: ChatSettings {
                 sampling: model.default_sampling(),
                 max_new_tokens: 1024,
@@ -66,9 +77,34 @@ impl<'m> Chat<'m> {
         self.messages = messages;
     }
 
-    /// Forgets all turns, a system message included.
+    /// Forgets all turns and pictures, a system message included.
     pub fn reset(&mut self) {
         self.messages.clear();
+        if !self.images.is_empty() {
+            // The cache knows pictures by their numbers, which begin anew.
+            self.cache = None;
+            self.images.clear();
+            self.sent_images = 0;
+        }
+    }
+
+    /// Shows a picture, which goes with the next message: its tag is put before the text. The model
+    /// looks at it once, now; later turns compute nothing of it again.
+    ///
+    /// # Errors
+    /// [`crate::Error::Blind`] if the model sees no pictures; those of [`Image::open`].
+    pub fn show(&mut self, image: &Image) -> Result<Layout> {
+        let seen = self.model.see(std::slice::from_ref(image), &self.limits)?;
+        let layout = seen.first().map(|seen| *seen.layout());
+        self.images.extend(seen);
+        layout.ok_or_else(|| crate::Error::Blind {
+            origin: self.model.origin().to_owned(),
+        })
+    }
+
+    /// The pictures of this conversation, in the order of their numbers.
+    pub fn images(&self) -> &[SeenImage] {
+        &self.images
     }
 
     /// Sets (or with an empty text removes) the system message, which comes first. Some templates
@@ -89,9 +125,12 @@ impl<'m> Chat<'m> {
     /// [`crate::Error::Text`] if the template refuses the conversation, or it is longer than the
     /// model's context.
     pub fn send(&mut self, text: &str) -> Result<Answer<'_, 'm>> {
+        let new_images = self.images.len() - self.sent_images;
+        let text = tagged(self.sent_images + 1, new_images, text);
         self.messages.push(Message::user(text));
         match self.start() {
             Ok((generator, cancel)) => Ok(Answer {
+                images_before: std::mem::replace(&mut self.sent_images, self.images.len()),
                 chat: self,
                 generator,
                 cancel,
@@ -108,7 +147,13 @@ impl<'m> Chat<'m> {
 
     fn start(&mut self) -> Result<(Generator<'m>, CancelToken)> {
         let rendered = self.template.render(&self.messages, true)?;
-        let mut request = Request::new(self.tokenizer.encode_chat(&rendered)?);
+        let mut request = match self.model.vision() {
+            Some(_) => self
+                .model
+                .image_prompt(&rendered, &self.images)?
+                .into_request(),
+            None => Request::new(self.tokenizer.encode_chat(&rendered)?),
+        };
         request.params = self.settings.sampling.clone();
         request.max_new_tokens = self.settings.max_new_tokens;
         request.stop_ids = self.model.stop_ids().to_vec();
@@ -128,6 +173,8 @@ impl<'m> Chat<'m> {
 /// that is nothing, the question is forgotten too.
 pub struct Answer<'c, 'm> {
     chat: &'c mut Chat<'m>,
+    /// How many pictures were sent before this message.
+    images_before: usize,
     generator: Generator<'m>,
     cancel: CancelToken,
     text: String,
@@ -194,6 +241,7 @@ impl Drop for Answer<'_, '_> {
         let stopped = matches!(self.finish_reason(), None | Some(FinishReason::Cancelled));
         if self.text.is_empty() && stopped {
             self.chat.messages.pop(); // the question: nothing was said to it
+            self.chat.sent_images = self.chat.sent_images.min(self.images_before);
         } else {
             let text = std::mem::take(&mut self.text);
             self.chat.messages.push(Message::assistant(text));

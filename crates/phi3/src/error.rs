@@ -50,6 +50,34 @@ pub enum Error {
         /// The checkpoint.
         origin: String,
     },
+    /// The model sees no pictures.
+    #[error("{origin} sees no pictures; Phi-3.5-vision does")]
+    Blind {
+        /// The checkpoint.
+        origin: String,
+    },
+    /// A picture cannot be read or decoded.
+    #[error("{name}")]
+    Image {
+        /// The file or URL.
+        name: String,
+        /// Why.
+        source: phi3_image::Error,
+    },
+    /// A picture cannot be written.
+    #[error(transparent)]
+    Picture(#[from] phi3_image::Error),
+    /// A picture could not be fetched.
+    #[error("fetching {url}")]
+    Fetch {
+        /// From where.
+        url: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A picture cannot be cut, or a prompt does not name its pictures.
+    #[error(transparent)]
+    Pixels(#[from] phi_3_5_vision::processor::Error),
     /// The checkpoint has no chat template.
     #[error(
         "{origin} has no chat template (chat_template.jinja, or `chat_template` in tokenizer_config.json); it can still continue a text"

@@ -14,6 +14,8 @@
 //! }
 //! ```
 //!
+//! A model that sees takes pictures with the text ([`Chat::show`], [`image::Image`]).
+//!
 //! [`load_with`] takes a device, a revision and more ([`LoadOptions`]). [`LanguageModel::complete`]
 //! continues plain text. Below the conversation, [`text::Generator`] drives several sequences at
 //! once, and [`nn::CausalLm`] gives logits for packed sequences. The crates below are
@@ -26,8 +28,10 @@ mod chat;
 mod error;
 pub mod eval;
 mod extend;
+pub mod image;
 mod importance;
 mod model;
+mod seen;
 
 pub use phi3_hub as hub;
 pub use phi3_nn as nn;
@@ -44,3 +48,4 @@ pub use phi3_kernels::{InstructionSet, Probe, probe};
 pub use phi3_kernels::{argmax, backend_name, check_environment, num_threads, set_num_threads};
 pub use phi3_nn::{CacheType, DeviceSpec};
 pub use phi3_text::SamplingParams;
+pub use seen::{ImagePrompt, SeenImage};

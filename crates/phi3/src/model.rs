@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
+use phi_3_5_vision::processor::Processor;
 use phi3_hub::quantize::{Mix, QuantizedSource};
 use phi3_hub::{Checkpoint, Counters, HubOptions, MemoryBudget, Source};
 use phi3_nn::device::default_dtype;
@@ -18,6 +19,7 @@ use crate::auto::ModelConfig;
 use crate::chat::Chat;
 use crate::error::{Error, Result};
 use crate::extend::ContextExtension;
+use crate::seen::processor_of;
 
 /// How to load a model.
 #[derive(Clone, Default)]
@@ -48,6 +50,7 @@ pub struct LoadOptions {
 pub struct LanguageModel {
     model: Arc<dyn CausalLm>,
     vision: Option<Arc<phi_3_5_vision::Model>>,
+    pub(crate) processor: Option<Processor>,
     config: ModelConfig,
     tokenizer: Option<Arc<Tokenizer>>,
     template: Option<Arc<ChatTemplate>>,
@@ -131,9 +134,15 @@ impl LanguageModel {
             )?,
             None => Vec::new(),
         };
+        let preprocessor_config = checkpoint.preprocessor_config.as_ref();
+        let processor = match &vision {
+            Some(_) => Some(processor_of(preprocessor_config)?),
+            None => None,
+        };
         Ok(Self {
             model,
             vision,
+            processor,
             config,
             tokenizer: tokenizer.map(Arc::new),
             template: template.map(Arc::new),

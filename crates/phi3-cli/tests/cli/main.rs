@@ -6,6 +6,7 @@ mod errors;
 mod generate;
 mod goldens;
 mod hub;
+mod images;
 mod kernels;
 mod library;
 mod look;

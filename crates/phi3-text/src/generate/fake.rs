@@ -94,8 +94,9 @@ impl CausalLm for FakeModel {
         KvCache::new(Arc::clone(&self.spec))
     }
 
-    fn embed(&self, _: &[u32]) -> phi3_nn::Result<Tensor> {
-        Err(phi3_nn::Error::config("the fake has no embeddings"))
+    fn embed(&self, ids: &[u32]) -> phi3_nn::Result<Tensor> {
+        let rows = ids.iter().map(|id| *id as f32).collect();
+        Ok(Tensor::from_vec(rows, (ids.len(), 1), &Device::Cpu)?)
     }
 
     fn forward(
@@ -104,15 +105,19 @@ impl CausalLm for FakeModel {
         spans: &mut [Span<'_>],
         _: Option<&mut dyn Observer>,
     ) -> phi3_nn::Result<Tensor> {
-        let Input::Ids(ids) = input else {
-            return Err(phi3_nn::Error::config("the fake takes ids only"));
+        let ids: Vec<u32> = match input {
+            Input::Ids(ids) => ids.to_vec(),
+            Input::Embeddings(rows) => {
+                let rows = rows.flatten_all()?.to_vec1::<f32>()?;
+                rows.into_iter().map(|id| id as u32).collect()
+            }
         };
         let mut calls = self.calls.lock().unwrap();
         if self.fails_at == Some(calls.len()) {
             return Err(phi3_nn::Error::config("the device is gone"));
         }
         let (mut seen, mut rows) = (Vec::new(), Vec::new());
-        let mut rest = ids;
+        let mut rest = ids.as_slice();
         for span in spans.iter() {
             let (own, behind) = rest.split_at(span.len);
             rest = behind;

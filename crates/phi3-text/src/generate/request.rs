@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use candle_core::Tensor;
 use phi3_nn::KvCache;
 
 use crate::error::{Error, Result};
@@ -14,6 +15,10 @@ use crate::sampling::SamplingParams;
 pub struct Request {
     /// The whole prompt, also the part that `cache` already holds.
     pub prompt_ids: Vec<u32>,
+    /// The rows that the decoder reads for the prompt, `[prompt_ids.len(), hidden_size]`, if they are
+    /// not the embeddings of its ids alone: those of a prompt with images. Ids in the place of such
+    /// rows may lie outside the vocabulary; they only tell cached rows from others.
+    pub embeddings: Option<Tensor>,
     /// How tokens are chosen.
     pub params: SamplingParams,
     /// Tokens to generate at most, a stop token included; at least 1.
@@ -43,6 +48,7 @@ impl Request {
     pub fn new(prompt_ids: Vec<u32>) -> Self {
         Self {
             prompt_ids,
+            embeddings: None,
             params: SamplingParams::default(),
             max_new_tokens: 256,
             stop_ids: Vec::new(),

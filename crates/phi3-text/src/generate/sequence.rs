@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use phi3_nn::{KvCache, LogitRows, ModelInfo, Span};
 
 use super::request::{CachedPrefix, CancelToken, FinishReason, Finished, Request};
@@ -18,6 +19,8 @@ pub(super) struct Sequence<'m> {
     /// Prompt and generated tokens. Those up to the cache's length have run.
     ids: Vec<u32>,
     prompt_len: usize,
+    /// The rows of the prompt, if they are not those of its ids.
+    embeddings: Option<Tensor>,
     cached: usize,
     cache: KvCache,
     sampler: Sampler,
@@ -60,7 +63,15 @@ impl<'m> Sequence<'m> {
         }
         let vocab_size = info.vocab_size;
         let outside = |id: &u32| usize::try_from(*id).is_ok_and(|id| id >= vocab_size);
-        if let Some(&id) = prompt.iter().find(|id| outside(id)) {
+        if let Some(rows) = &request.embeddings {
+            let expected = [prompt.len(), info.hidden_size];
+            if rows.dims() != expected {
+                return Err(Error::Request(format!(
+                    "`embeddings` is {:?}, expected {expected:?}: a row for each token of the prompt",
+                    rows.dims()
+                )));
+            }
+        } else if let Some(&id) = prompt.iter().find(|id| outside(id)) {
             return Err(phi3_nn::Error::TokenId { id, vocab_size }.into());
         }
         if let Some(id) = request.params.logit_bias.keys().find(|id| outside(id)) {
@@ -73,7 +84,12 @@ impl<'m> Sequence<'m> {
             return Err(Error::Request(reason.to_owned()));
         }
         let mut sampler = Sampler::new(request.params)?;
-        sampler.observe_prompt(&prompt);
+        if request.embeddings.is_some() {
+            let ids = prompt.iter().copied().filter(|id| !outside(id));
+            sampler.observe_prompt(&ids.collect::<Vec<_>>());
+        } else {
+            sampler.observe_prompt(&prompt);
+        }
         let matcher = StopMatcher::new(request.stop_strings)?;
         let stream = if request.continues_prompt {
             DecodeStream::continuing(tokenizer, request.skip_special, &prompt)
@@ -93,6 +109,7 @@ impl<'m> Sequence<'m> {
         Ok(Self {
             number,
             prompt_len: prompt.len(),
+            embeddings: request.embeddings,
             ids: prompt,
             cached: cache.len(),
             cache,
@@ -144,6 +161,17 @@ impl<'m> Sequence<'m> {
     /// Whether the call that just ran gave this sequence logits.
     pub(super) fn has_logits(&self) -> bool {
         self.rows > 0 && self.cache.len() == self.ids.len()
+    }
+
+    /// The planned rows of a prompt that brings its own.
+    pub(super) fn own_rows(&self) -> Result<Option<Tensor>> {
+        match &self.embeddings {
+            Some(rows) if !self.is_decoding() => {
+                let rows = rows.narrow(0, self.cache.len(), self.rows);
+                Ok(Some(rows.map_err(phi3_nn::Error::from)?))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// The planned ids and their span.

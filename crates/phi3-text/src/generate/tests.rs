@@ -482,3 +482,64 @@ fn a_failing_model_ends_everything_once() {
     assert_eq!(outcomes, [true, true, true, true, false]);
     assert_eq!(generator.live(), 0);
 }
+
+#[test]
+fn a_prompt_with_its_own_rows_reads_those() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let plain = seeded(&[5, 6, 7, 8, 9], 3, 12);
+    let mut own = plain.clone();
+    // Two of the tokens are no text: their ids only tell them apart.
+    own.prompt_ids = vec![5, u32::MAX, u32::MAX, 8, 9];
+    own.embeddings = Some(model.embed(&plain.prompt_ids).unwrap());
+    own.keep_cache = true;
+
+    let mut generator = Generator::new(&model, &tokenizer).with_prefill_rows(2);
+    let number = generator.add(own.clone()).unwrap();
+    generator.add(plain.clone()).unwrap();
+    let mut ids = [Vec::new(), Vec::new()];
+    for event in generator.by_ref() {
+        let event = event.unwrap();
+        if let EventKind::Token(token) = event.kind {
+            ids[event.sequence].push(token.id);
+        }
+    }
+    let alone = complete(&model, &tokenizer, [plain]).unwrap();
+    assert_eq!(ids[0], alone[0].ids());
+    assert_eq!(ids[1], alone[0].ids());
+    let seen: Vec<u32> = model
+        .calls()
+        .iter()
+        .flatten()
+        .filter(|span| span.start < 5)
+        .take(4)
+        .flat_map(|span| span.ids.clone())
+        .collect();
+    assert!(seen.starts_with(&[5, 6]) && !seen.contains(&u32::MAX));
+
+    // A second turn runs only what is new, and ids outside the vocabulary are compared too.
+    let cache = generator.take_cache(number).unwrap();
+    let mut second = own.clone();
+    let said = &ids[0];
+    second.prompt_ids = [&own.prompt_ids[..], said, &[11, 12]].concat();
+    let rows: Vec<u32> = [&[5, 6, 7, 8, 9], &said[..], &[11, 12]].concat();
+    second.embeddings = Some(model.embed(&rows).unwrap());
+    second.cache = Some(cache.clone());
+    let again = complete(&model, &tokenizer, [second.clone()]).unwrap();
+    assert_eq!(again[0].usage.cached_tokens, 5 + said.len() - 1);
+    second.prompt_ids[2] = u32::MAX - 1;
+    second.cache = Some(cache);
+    let other = complete(&model, &tokenizer, [second]).unwrap();
+    assert_eq!(other[0].usage.cached_tokens, 2);
+    assert_eq!(again[0].ids(), other[0].ids());
+}
+
+#[test]
+fn rows_must_be_those_of_the_prompt() {
+    let tokenizer = sentencepiece();
+    let model = FakeModel::new(300, 500, Rule::Mixed);
+    let mut request = seeded(&[5, 6, 7], 3, 12);
+    request.embeddings = Some(model.embed(&[5, 6]).unwrap());
+    let error = complete(&model, &tokenizer, [request]).unwrap_err();
+    assert!(error.to_string().contains("embeddings"), "{error}");
+}
