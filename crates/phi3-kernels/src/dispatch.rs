@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
-use crate::aarch64::{Dotprod, Neon};
+use crate::aarch64::{Dotprod, I8mm, Neon};
 use crate::backend::Kernels;
 use crate::scalar::Scalar;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
@@ -35,6 +35,9 @@ pub(crate) enum Backend {
     /// NEON and dot products of bytes.
     #[cfg(target_arch = "aarch64")]
     Dotprod(Dotprod),
+    /// NEON, dot products and matrix products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    I8mm(I8mm),
     /// WebAssembly's vectors of 128 bits.
     #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
     Simd128(Simd128),
@@ -65,6 +68,8 @@ pub(crate) fn available() -> Vec<Backend> {
         Neon::new().map(Backend::Neon),
         #[cfg(target_arch = "aarch64")]
         Dotprod::new().map(Backend::Dotprod),
+        #[cfg(target_arch = "aarch64")]
+        I8mm::new().map(Backend::I8mm),
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
         Some(Backend::Simd128(Simd128)),
     ];
@@ -89,6 +94,8 @@ impl Deref for Backend {
             Backend::Neon(neon) => neon,
             #[cfg(target_arch = "aarch64")]
             Backend::Dotprod(dotprod) => dotprod,
+            #[cfg(target_arch = "aarch64")]
+            Backend::I8mm(i8mm) => i8mm,
             #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
             Backend::Simd128(simd128) => simd128,
         }
@@ -190,7 +197,7 @@ mod tests {
         let compiled: &[&str] = if cfg!(target_arch = "x86_64") {
             &["avx2", "avx-vnni", "avx512-vnni"]
         } else if cfg!(target_arch = "aarch64") {
-            &["neon", "neon-dotprod"]
+            &["neon", "neon-dotprod", "neon-i8mm"]
         } else if cfg!(all(target_arch = "wasm32", target_feature = "simd128")) {
             &["simd128"]
         } else {

@@ -72,9 +72,9 @@ pub use threads::{num_threads, parallel, set_num_threads};
 
 /// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor),
 /// `avx2` (x86-64 with AVX2, FMA and F16C), `avx-vnni` and `avx512-vnni` (with VNNI besides, in
-/// vectors of 256 or 512 bits), `neon` (64-bit ARM), `neon-dotprod` (with dot products besides) or
-/// `simd128` (WebAssembly that was compiled with vectors of 128 bits, since a module cannot ask
-/// for them).
+/// vectors of 256 or 512 bits), `neon` (64-bit ARM), `neon-dotprod` (with dot products besides),
+/// `neon-i8mm` (with matrix products besides) or `simd128` (WebAssembly that was compiled with
+/// vectors of 128 bits, since a module cannot ask for them).
 pub fn backend_name() -> &'static str {
     dispatch::backend().name()
 }

@@ -48,7 +48,8 @@ pub struct Probe {
 /// What an instruction set does at most with some threads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InstructionSet {
-    /// `portable`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`, `neon-dotprod`.
+    /// `portable`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`, `neon-dotprod`, as
+    /// the backends are called.
     pub name: &'static str,
     /// Additions and multiplications of f32 a second; a fused one counts as two.
     pub f32_ops: f64,

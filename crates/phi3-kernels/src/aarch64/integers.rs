@@ -132,7 +132,7 @@ impl Dot<Neon> for Dotprod {
 /// To each of four sums the products of four neighbors; `vdotq_s32` is not stable yet.
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn sdot(sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+pub(crate) fn sdot(sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
     let mut out = sum;
     // SAFETY: the instruction, which the caller has, touches these three registers only.
     unsafe {

@@ -1,9 +1,11 @@
 //! Backends for 64-bit ARM.
 
+mod i8mm;
 mod integers;
 mod neon;
 
-pub(crate) use integers::Dotprod;
+pub(crate) use i8mm::I8mm;
+pub(crate) use integers::{Dotprod, sdot};
 pub(crate) use neon::Neon;
 
 use crate::MatrixRef;
@@ -77,5 +79,23 @@ impl Kernels for Dotprod {
 
     fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
         Dotprod::int8_rows(*self, x, w, first_row, out);
+    }
+}
+
+/// NEON, and products of bytes by the matrix products where there are several tokens.
+impl Kernels for I8mm {
+    fn name(&self) -> &'static str {
+        "neon-i8mm"
+    }
+
+    fn base(&self) -> &dyn Kernels {
+        &self.dotprod
+    }
+
+    fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+        if x.n == 1 {
+            return self.base().int8_rows(x, w, first_row, out);
+        }
+        I8mm::int8_rows(*self, x, w, first_row, out);
     }
 }

@@ -1,16 +1,16 @@
 //! The loops with 64-bit ARM's vector instructions.
 //!
-//! Unsafe code is confined to the calls that enter a function with target features, which each
-//! token vouches for, to the one instruction that the standard library does not offer, and to the
-//! change from arrays to vectors of the same size.
+//! Unsafe code is confined to the calls that enter a function with target features, which the
+//! backends' tokens vouch for, and to the change from arrays to vectors of the same size.
 
 use std::arch::aarch64::*;
-use std::arch::{asm, is_aarch64_feature_detected};
 use std::hint::black_box;
 use std::mem::transmute;
 
 use super::Loops;
 pub(super) use super::portable::read;
+use crate::aarch64::{Dotprod, Neon, sdot};
+use crate::backend::Kernels;
 
 const STEPS: usize = 2048;
 
@@ -22,55 +22,21 @@ const PASSES: usize = 32;
 const TOKENS: usize = 2;
 
 pub(super) fn all_loops() -> Vec<Loops> {
-    let neon = Neon::new().map(|neon| Loops {
-        name: "neon",
-        f32: Box::new(move || neon.multiply_add()),
-        int8: Box::new(move || neon.dot()),
+    let neon = Neon::new().map(|token| Loops {
+        name: token.name(),
+        // SAFETY: the token exists only where its instructions were detected.
+        f32: Box::new(|| unsafe { multiply_add_neon() }),
+        // SAFETY: the same.
+        int8: Box::new(|| unsafe { dot_neon() }),
     });
-    let dotprod = Neon::new().zip(Dotprod::new());
-    let dotprod = dotprod.map(|(neon, dotprod)| Loops {
-        name: "neon-dotprod",
-        f32: Box::new(move || neon.multiply_add()),
-        int8: Box::new(move || dotprod.dot()),
+    let dotprod = Dotprod::new().map(|token| Loops {
+        name: token.name(),
+        // SAFETY: the token exists only where its instructions and NEON's were detected.
+        f32: Box::new(|| unsafe { multiply_add_neon() }),
+        // SAFETY: the same.
+        int8: Box::new(|| unsafe { dot_dotprod() }),
     });
     neon.into_iter().chain(dotprod).collect()
-}
-
-/// Proof that this processor has NEON.
-#[derive(Clone, Copy)]
-struct Neon(());
-
-impl Neon {
-    fn new() -> Option<Self> {
-        is_aarch64_feature_detected!("neon").then_some(Self(()))
-    }
-
-    fn multiply_add(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the feature.
-        unsafe { multiply_add_neon() }
-    }
-
-    fn dot(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the feature.
-        unsafe { dot_neon() }
-    }
-}
-
-/// Proof that this processor has the dot-product instructions.
-#[derive(Clone, Copy)]
-struct Dotprod(());
-
-impl Dotprod {
-    fn new() -> Option<Self> {
-        let detected =
-            is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-        detected.then_some(Self(()))
-    }
-
-    fn dot(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the feature.
-        unsafe { dot_dotprod() }
-    }
 }
 
 #[target_feature(enable = "neon")]
@@ -131,25 +97,6 @@ fn dot_dotprod() -> u64 {
     }
     black_box(sums);
     (2 * 16 * VECTORS * TOKENS * PASSES) as u64
-}
-
-/// To each of four sums the products of four neighbors; `vdotq_s32` is not stable yet.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn sdot(sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
-    let mut out = sum;
-    // SAFETY: the instruction touches these three registers only, and whoever may call this
-    // function has it.
-    unsafe {
-        asm!(
-            "sdot {out:v}.4s, {a:v}.16b, {b:v}.16b",
-            out = inout(vreg) out,
-            a = in(vreg) a,
-            b = in(vreg) b,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    out
 }
 
 #[inline]

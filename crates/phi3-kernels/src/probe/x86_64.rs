@@ -1,13 +1,15 @@
 //! The loops with x86-64's vector instructions.
 //!
-//! Unsafe code is confined to the calls that enter a function with target features, which each
-//! token vouches for, and to the change from arrays to vectors of the same size.
+//! Unsafe code is confined to the calls that enter a function with target features, which the
+//! backends' tokens vouch for, and to the change from arrays to vectors of the same size.
 
 use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::mem::transmute;
 
 use super::{Loops, portable};
+use crate::backend::Kernels;
+use crate::x86_64::{Avx2, Avx512Vnni, AvxVnni};
 
 const STEPS: usize = 2048;
 
@@ -19,97 +21,39 @@ const PASSES: usize = 32;
 const TOKENS: usize = 2;
 
 pub(super) fn all_loops() -> Vec<Loops> {
-    let mut all = Vec::new();
-    if let Some(avx2) = Avx2::new() {
-        all.push(Loops {
-            name: "avx2",
-            f32: Box::new(move || avx2.multiply_add()),
-            int8: Box::new(move || avx2.dot()),
-        });
-    }
-    if let (Some(avx2), Some(vnni)) = (Avx2::new(), AvxVnni::new()) {
-        all.push(Loops {
-            name: "avx-vnni",
-            f32: Box::new(move || avx2.multiply_add()),
-            int8: Box::new(move || vnni.dot()),
-        });
-    }
-    if let Some(avx512) = Avx512::new() {
-        all.push(Loops {
-            name: "avx512-vnni",
-            f32: Box::new(move || avx512.multiply_add()),
-            int8: Box::new(move || avx512.dot()),
-        });
-    }
-    all
+    let avx2 = Avx2::new().map(|token| Loops {
+        name: token.name(),
+        // SAFETY: the token exists only where its instructions were detected.
+        f32: Box::new(|| unsafe { multiply_add_avx2() }),
+        // SAFETY: the same.
+        int8: Box::new(|| unsafe { dot_avx2() }),
+    });
+    let avx_vnni = AvxVnni::new().map(|token| Loops {
+        name: token.name(),
+        // SAFETY: the token exists only where its instructions and AVX2's were detected.
+        f32: Box::new(|| unsafe { multiply_add_avx2() }),
+        // SAFETY: the same.
+        int8: Box::new(|| unsafe { dot_avx_vnni() }),
+    });
+    let avx512_vnni = Avx512Vnni::new().map(|token| Loops {
+        name: token.name(),
+        // SAFETY: the token exists only where its instructions were detected.
+        f32: Box::new(|| unsafe { multiply_add_avx512() }),
+        // SAFETY: the same.
+        int8: Box::new(|| unsafe { dot_avx512_vnni() }),
+    });
+    [avx2, avx_vnni, avx512_vnni]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
-/// [`portable::read`], with the widest vectors that any processor reads fastest with.
+/// [`portable::read`], compiled for AVX2 where that is there.
 pub(super) fn read(part: &[u64]) -> u64 {
-    Avx2::new().map_or_else(|| portable::read(part), |avx2| avx2.read(part))
-}
-
-/// Proof that this processor has AVX2 and FMA.
-#[derive(Clone, Copy)]
-struct Avx2(());
-
-impl Avx2 {
-    fn new() -> Option<Self> {
-        let detected = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        detected.then_some(Self(()))
-    }
-
-    fn read(self, part: &[u64]) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the feature.
-        unsafe { read_avx2(part) }
-    }
-
-    fn multiply_add(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { multiply_add_avx2() }
-    }
-
-    fn dot(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the feature.
-        unsafe { dot_avx2() }
-    }
-}
-
-/// Proof that this processor has AVX2 and AVX-VNNI.
-#[derive(Clone, Copy)]
-struct AvxVnni(());
-
-impl AvxVnni {
-    fn new() -> Option<Self> {
-        let detected = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avxvnni");
-        detected.then_some(Self(()))
-    }
-
-    fn dot(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { dot_avx_vnni() }
-    }
-}
-
-/// Proof that this processor has AVX-512F and AVX-512 VNNI.
-#[derive(Clone, Copy)]
-struct Avx512(());
-
-impl Avx512 {
-    fn new() -> Option<Self> {
-        let detected =
-            is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
-        detected.then_some(Self(()))
-    }
-
-    fn multiply_add(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the feature.
-        unsafe { multiply_add_avx512() }
-    }
-
-    fn dot(self) -> u64 {
-        // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { dot_avx512_vnni() }
+    match Avx2::new() {
+        // SAFETY: the token exists only where its instructions were detected.
+        Some(_) => unsafe { read_avx2(part) },
+        None => portable::read(part),
     }
 }
 

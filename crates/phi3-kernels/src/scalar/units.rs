@@ -77,54 +77,54 @@ impl Unit {
             BlockType::F32 | BlockType::F16 | BlockType::BF16 => {}
             BlockType::Q4_0 => {
                 unit.d = half(block, 0);
-                set_q(0, nibbles(array(block, 2)).map(|q| q as i8 - 8));
+                set_q(0, each(&nibbles(array(block, 2)), |q| q as i8 - 8));
             }
             BlockType::Q4_1 => {
                 unit.d = half(block, 0);
                 unit.minus_dmin = Some(half(block, 2));
-                set_q(0, nibbles(array(block, 4)).map(|q| q as i8));
+                set_q(0, each(&nibbles(array(block, 4)), |q| q as i8));
             }
             BlockType::Q5_0 => {
                 unit.d = half(block, 0);
                 let q = with_fifth(array(block, 6), array(block, 2));
-                set_q(0, q.map(|q| q as i8 - 16));
+                set_q(0, each(&q, |q| q as i8 - 16));
             }
             BlockType::Q5_1 => {
                 unit.d = half(block, 0);
                 unit.minus_dmin = Some(half(block, 2));
                 let q = with_fifth(array(block, 8), array(block, 4));
-                set_q(0, q.map(|q| q as i8));
+                set_q(0, each(&q, |q| q as i8));
             }
             BlockType::Q8_0 => {
                 unit.d = half(block, 0);
-                set_q(0, array::<32>(block, 2).map(|q| q as i8));
+                set_q(0, each(array::<32>(block, 2), |q| q as i8));
             }
             BlockType::IQ4NL => {
                 unit.d = half(block, 0);
                 let q = nibbles(array(block, 2));
-                set_q(0, q.map(|q| IQ4_NL_VALUES[usize::from(q)] as i8));
+                set_q(0, each(&q, |q| IQ4_NL_VALUES[usize::from(q)] as i8));
             }
             BlockType::Int4 => {
                 unit.d = half(block, 0);
                 for i in 0..4 {
                     let q = array::<32>(block, 2 + 32 * i);
-                    set_q(64 * i, q.map(|q| (q & 15) as i8 - 8));
-                    set_q(64 * i + 32, q.map(|q| (q >> 4) as i8 - 8));
+                    set_q(64 * i, each(q, |q| (q & 15) as i8 - 8));
+                    set_q(64 * i + 32, each(q, |q| (q >> 4) as i8 - 8));
                 }
             }
             BlockType::Q2K => {
                 (unit.d, unit.minus_dmin) = (half(block, 80), Some(minus(half(block, 82))));
                 let factors = array::<16>(block, 0);
-                unit.scales = factors.map(|f| i16::from(f & 15));
-                unit.mins = factors.map(|f| i16::from(f >> 4));
+                unit.scales = each(factors, |f| i16::from(f & 15));
+                unit.mins = each(factors, |f| i16::from(f >> 4));
                 for g in 0..8 {
                     let q = array::<32>(block, 16 + 32 * (g / 4));
-                    set_q(32 * g, q.map(|q| (q >> (2 * (g % 4)) & 3) as i8));
+                    set_q(32 * g, each(q, |q| (q >> (2 * (g % 4)) & 3) as i8));
                 }
             }
             BlockType::Q3K => {
                 unit.d = half(block, 108);
-                unit.scales = q3_k_scales(array(block, 96)).map(i16::from);
+                unit.scales = each(&q3_k_scales(array(block, 96)), i16::from);
                 let third = array::<32>(block, 0);
                 for g in 0..8 {
                     let low = array::<32>(block, 32 + 32 * (g / 4));
@@ -137,8 +137,8 @@ impl Unit {
                 unit.set_scales_and_minima(array(block, 4));
                 for i in 0..4 {
                     let q = array::<32>(block, 16 + 32 * i);
-                    set_q(64 * i, q.map(|q| (q & 15) as i8));
-                    set_q(64 * i + 32, q.map(|q| (q >> 4) as i8));
+                    set_q(64 * i, each(q, |q| (q & 15) as i8));
+                    set_q(64 * i + 32, each(q, |q| (q >> 4) as i8));
                 }
             }
             BlockType::Q5K => {
@@ -153,7 +153,7 @@ impl Unit {
             }
             BlockType::Q6K => {
                 unit.d = half(block, 208);
-                unit.scales = array::<16>(block, 192).map(|s| i16::from(s as i8));
+                unit.scales = each(array::<16>(block, 192), |s| i16::from(s as i8));
                 for g in 0..8 {
                     let low = array::<32>(block, 64 * (g / 4) + 32 * (g % 2));
                     let high = array::<32>(block, 128 + 32 * (g / 4));
@@ -175,6 +175,16 @@ impl Unit {
             self.mins[2 * g..2 * g + 2].fill(i16::from(min));
         }
     }
+}
+
+/// `map` as a loop that is always inlined, and so vectorized where it stands.
+#[inline(always)]
+fn each<T: Copy, U: Copy + Default, const N: usize>(of: &[T; N], f: impl Fn(T) -> U) -> [U; N] {
+    let mut out = [U::default(); N];
+    for i in 0..N {
+        out[i] = f(of[i]);
+    }
+    out
 }
 
 #[inline(always)]

@@ -17,10 +17,10 @@ use crate::activations::{BLOCK_GROUP, Quantized, SUM_GROUP};
 use crate::scalar::{Factors, INT8_LANES, Unit, unpack_row};
 use crate::{BlockType, MatrixRef, scalar};
 
-const LANES: usize = 4;
+pub(super) const LANES: usize = 4;
 
 /// Rows unpacked at once: 24 KiB at a width of 3072.
-const PANEL_ROWS: usize = 8;
+pub(super) const PANEL_ROWS: usize = 8;
 
 /// Rows and tokens of the register block: its sixteen sums of integers and eight of floats leave
 /// eight of the 32 registers of 64-bit ARM.
@@ -28,7 +28,7 @@ const BLOCK_ROWS: usize = 2;
 const BLOCK_TOKENS: usize = 2;
 
 /// Sums of sixteen in a block of 256.
-const SUMS: usize = 16;
+pub(super) const SUMS: usize = 16;
 
 /// Vectors of integers, beside those of four f32.
 pub(crate) trait IntegerVectors: Vectors {
@@ -104,22 +104,22 @@ pub(crate) fn int8_rows<V: IntegerVectors, D: Dot<V>>(
 }
 
 /// Tokens whose groups fill whole vectors, zeros behind the last.
-struct Tokens<'a> {
-    n: usize,
+pub(super) struct Tokens<'a> {
+    pub(super) n: usize,
     /// Groups of a token, a multiple of [`LANES`].
-    groups: usize,
+    pub(super) groups: usize,
     /// Elements of a group.
-    group: usize,
+    pub(super) group: usize,
     /// `[n, groups, group]`.
-    values: Cow<'a, [i8]>,
+    pub(super) values: Cow<'a, [i8]>,
     /// `[n, groups]`.
-    scales: Cow<'a, [f32]>,
+    pub(super) scales: Cow<'a, [f32]>,
     /// `[n, groups, group / 16]`.
-    sums: Cow<'a, [i16]>,
+    pub(super) sums: Cow<'a, [i16]>,
 }
 
 impl<'a> Tokens<'a> {
-    fn new(x: &'a Quantized) -> Self {
+    pub(super) fn new(x: &'a Quantized) -> Self {
         let groups = x.groups().next_multiple_of(LANES);
         Self {
             n: x.n,
@@ -145,22 +145,22 @@ fn filled_up<T: Copy + Default>(items: &[T], len: usize, filled: usize) -> Cow<'
 }
 
 /// Unpacked rows: as in [`Unit`], with zeros behind the last block of a row.
-struct Panel {
+pub(super) struct Panel {
     /// Blocks of a row, a multiple of [`LANES`].
-    groups: usize,
+    pub(super) groups: usize,
     /// `[rows, groups, weights of a block]`.
-    q: Vec<i8>,
+    pub(super) q: Vec<i8>,
     /// Half-precision factors, `[rows, groups]`.
     d: Vec<u16>,
     /// The factors of the minima, of opposite sign; empty for types without.
     minus_dmin: Vec<u16>,
     /// `[rows, groups]` for blocks of 256, else empty.
-    scales: Vec<[i16; SUMS]>,
-    mins: Vec<[i16; SUMS]>,
+    pub(super) scales: Vec<[i16; SUMS]>,
+    pub(super) mins: Vec<[i16; SUMS]>,
 }
 
 impl Panel {
-    fn new(w: MatrixRef<'_>, groups: usize) -> Self {
+    pub(super) fn new(w: MatrixRef<'_>, groups: usize) -> Self {
         let (block_len, has_minimum) = (w.block_type().block_len(), has_minimum(w.block_type()));
         let blocks = PANEL_ROWS * groups;
         let (supers, minima) = (block_len > BLOCK_GROUP, has_minimum);
@@ -174,7 +174,7 @@ impl Panel {
         }
     }
 
-    fn unpack(&mut self, i: usize, w: MatrixRef<'_>, row: usize) {
+    pub(super) fn unpack(&mut self, i: usize, w: MatrixRef<'_>, row: usize) {
         let len = self.q.len() / PANEL_ROWS;
         let blocks = i * self.groups..(i + 1) * self.groups;
         let mut factors = RowFactors {
@@ -192,8 +192,8 @@ impl Panel {
 struct RowFactors<'a> {
     d: &'a mut [u16],
     minus_dmin: &'a mut [u16],
-    scales: &'a mut [[i16; SUMS]],
-    mins: &'a mut [[i16; SUMS]],
+    pub(super) scales: &'a mut [[i16; SUMS]],
+    pub(super) mins: &'a mut [[i16; SUMS]],
 }
 
 impl Factors for RowFactors<'_> {
@@ -239,21 +239,27 @@ fn block<V: IntegerVectors, D: Dot<V>, const R: usize, const T: usize>(
     };
     for r in 0..R {
         for t in 0..T {
-            let [low, high] = lanes[r][t];
-            let mut sum = 0.0;
-            for lane in v.store(low) {
-                sum += lane;
-            }
-            for lane in v.store(high) {
-                sum += lane;
-            }
-            out[t][at + r] = sum;
+            out[t][at + r] = in_order(v, lanes[r][t]);
         }
     }
 }
 
+/// The sum of eight partial sums.
+#[inline(always)]
+pub(super) fn in_order<V: Vectors>(v: V, [low, high]: [V::F32; 2]) -> f32 {
+    let mut sum = 0.0;
+    for lane in v.store(low) {
+        sum += lane;
+    }
+    for lane in v.store(high) {
+        sum += lane;
+    }
+    sum
+}
+
 /// The eight partial sums of each row and token.
-type Sums<V, const R: usize, const T: usize> = [[[<V as Vectors>::F32; INT8_LANES / LANES]; T]; R];
+pub(super) type Sums<V, const R: usize, const T: usize> =
+    [[[<V as Vectors>::F32; INT8_LANES / LANES]; T]; R];
 
 #[inline(always)]
 fn blocks_of_32<V: IntegerVectors, D: Dot<V>, const R: usize, const T: usize>(
@@ -299,19 +305,16 @@ fn blocks_of_32<V: IntegerVectors, D: Dot<V>, const R: usize, const T: usize>(
                     }
                 }
             }
+            let (mut sums_of, mut x_sums) = ([[v.zero(); T]; R], [v.zero(); T]);
+            for t in 0..T {
+                x_sums[t] = v.sum_pairs(&sums[t][k]);
+            }
             for r in 0..R {
-                let d = v.load_f16(&rows.d[r][k]);
                 for t in 0..T {
-                    let scales = v.load(&tokens.scales[t][k]);
-                    let a = v.to_f32(v.sum_each_i32(a[r][t]));
-                    let mut sum = v.fused(v.mul(d, scales), a, lanes[r][t][half]);
-                    if let Some(minus_dmin) = rows.minus_dmin[r].get(k) {
-                        let b = v.to_f32(v.sum_pairs(&sums[t][k]));
-                        sum = v.fused(v.mul(v.load_f16(minus_dmin), scales), b, sum);
-                    }
-                    lanes[r][t][half] = sum;
+                    sums_of[r][t] = v.sum_each_i32(a[r][t]);
                 }
             }
+            add_factors(v, &rows, &tokens, k, sums_of, [x_sums; R], half, &mut lanes);
         }
     }
     lanes
@@ -328,17 +331,15 @@ fn blocks_of_256<V: IntegerVectors, D: Dot<V>, const R: usize, const T: usize>(
 ) -> Sums<V, R, T> {
     let rows = Rows::<R>::new(panel, r);
     let tokens = Columns::<T>::new(x, t);
-    let (mut q, mut scales, mut mins) = ([&[][..]; R], [&[][..]; R], [&[][..]; R]);
+    let (mut q, mut scales) = ([&[][..]; R], [&[][..]; R]);
     for i in 0..R {
         let first = (r + i) * x.groups;
         q[i] = &rows.q[i].as_chunks::<SUMS>().0[..x.groups];
         scales[i] = &panel.scales[first..][..x.groups];
-        mins[i] = panel.mins.get(first..).unwrap_or_default();
     }
-    let (mut values, mut sums) = ([&[][..]; T], [&[][..]; T]);
+    let mut values = [&[][..]; T];
     for t in 0..T {
         values[t] = &tokens.values[t].as_chunks::<SUMS>().0[..x.groups];
-        sums[t] = &tokens.sums[t].as_chunks::<8>().0.as_chunks::<2>().0[..x.groups];
     }
     let mut lanes = [[[v.splat(0.0); 2]; T]; R];
     let quads = x.groups / LANES;
@@ -349,7 +350,6 @@ fn blocks_of_256<V: IntegerVectors, D: Dot<V>, const R: usize, const T: usize>(
                 break;
             }
             let mut a = [[[v.zero(); LANES]; T]; R];
-            let mut b = [[[v.zero(); LANES]; T]; R];
             for i in 0..LANES {
                 let block = LANES * k + i;
                 for g in 0..SUMS {
@@ -365,32 +365,75 @@ fn blocks_of_256<V: IntegerVectors, D: Dot<V>, const R: usize, const T: usize>(
                         }
                     }
                 }
-                for r in 0..R {
-                    if let Some(mins) = mins[r].get(block) {
-                        let [low, high] = halves(mins);
-                        for t in 0..T {
-                            let [x_low, x_high] = &sums[t][block];
-                            b[r][t][i] = v.dot_i16(v.dot_i16(v.zero(), low, x_low), high, x_high);
-                        }
-                    }
-                }
             }
+            let mut sums_of = [[v.zero(); T]; R];
             for r in 0..R {
-                let d = v.load_f16(&rows.d[r][k]);
                 for t in 0..T {
-                    let scales = v.load(&tokens.scales[t][k]);
-                    let a = v.to_f32(v.sum_each_i32(a[r][t]));
-                    let mut sum = v.fused(v.mul(d, scales), a, lanes[r][t][half]);
-                    if let Some(minus_dmin) = rows.minus_dmin[r].get(k) {
-                        let b = v.to_f32(v.sum_each_i32(b[r][t]));
-                        sum = v.fused(v.mul(v.load_f16(minus_dmin), scales), b, sum);
-                    }
-                    lanes[r][t][half] = sum;
+                    sums_of[r][t] = v.sum_each_i32(a[r][t]);
                 }
             }
+            let b = minima(v, panel, r, &tokens, k);
+            add_factors(v, &rows, &tokens, k, sums_of, b, half, &mut lanes);
         }
     }
     lanes
+}
+
+/// What the minima of quad k of blocks of 256 are multiplied with, a block to a lane; zeros for
+/// types without minima.
+#[inline(always)]
+pub(super) fn minima<V: IntegerVectors, const R: usize, const T: usize>(
+    v: V,
+    panel: &Panel,
+    r: usize,
+    tokens: &Columns<'_, T>,
+    k: usize,
+) -> [[V::I32; T]; R] {
+    let mut out = [[v.zero(); T]; R];
+    if panel.mins.is_empty() {
+        return out;
+    }
+    for i in 0..R {
+        let mins = &panel.mins[(r + i) * panel.groups + LANES * k..][..LANES];
+        for t in 0..T {
+            let sums = &tokens.sums[t][SUMS * LANES * k..][..SUMS * LANES];
+            let sums = sums.as_chunks::<SUMS>().0;
+            let mut b = [v.zero(); LANES];
+            for j in 0..LANES {
+                let ([low, high], [x_low, x_high]) = (halves(&mins[j]), halves(&sums[j]));
+                b[j] = v.dot_i16(v.dot_i16(v.zero(), low, x_low), high, x_high);
+            }
+            out[i][t] = v.sum_each_i32(b);
+        }
+    }
+    out
+}
+
+/// Adds quad k of blocks, whose integers are `a` and, for the minima, `b`, to `lanes`.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "two operands and their products")]
+pub(super) fn add_factors<V: IntegerVectors, const R: usize, const T: usize>(
+    v: V,
+    rows: &Rows<'_, R>,
+    tokens: &Columns<'_, T>,
+    k: usize,
+    a: [[V::I32; T]; R],
+    b: [[V::I32; T]; R],
+    half: usize,
+    lanes: &mut Sums<V, R, T>,
+) {
+    for r in 0..R {
+        let d = v.load_f16(&rows.d[r][k]);
+        for t in 0..T {
+            let scales = v.load(&tokens.scales[t][k]);
+            let lane = &mut lanes[r][t][half];
+            *lane = v.fused(v.mul(d, scales), v.to_f32(a[r][t]), *lane);
+            if let Some(minus_dmin) = rows.minus_dmin[r].get(k) {
+                let factor = v.mul(v.load_f16(minus_dmin), scales);
+                *lane = v.fused(factor, v.to_f32(b[r][t]), *lane);
+            }
+        }
+    }
 }
 
 #[inline(always)]
@@ -402,16 +445,16 @@ fn halves(sixteen: &[i16; 16]) -> [&[i16; 8]; 2] {
 }
 
 /// What both kinds of blocks read of `R` rows: bytes by sixteen, factors by four.
-struct Rows<'a, const R: usize> {
-    q: [&'a [[i8; 16]]; R],
-    d: [&'a [[u16; LANES]]; R],
+pub(super) struct Rows<'a, const R: usize> {
+    pub(super) q: [&'a [[i8; 16]]; R],
+    pub(super) d: [&'a [[u16; LANES]]; R],
     /// Empty for types without minima.
-    minus_dmin: [&'a [[u16; LANES]]; R],
+    pub(super) minus_dmin: [&'a [[u16; LANES]]; R],
 }
 
 impl<'a, const R: usize> Rows<'a, R> {
     #[inline(always)]
-    fn new(panel: &'a Panel, r: usize) -> Self {
+    pub(super) fn new(panel: &'a Panel, r: usize) -> Self {
         let mut rows = Self {
             q: [&[]; R],
             d: [&[]; R],
@@ -429,16 +472,16 @@ impl<'a, const R: usize> Rows<'a, R> {
     }
 }
 
-/// The same of `T` tokens.
-struct Columns<'a, const T: usize> {
-    values: [&'a [[i8; 16]]; T],
-    scales: [&'a [[f32; LANES]]; T],
-    sums: [&'a [i16]; T],
+/// The same of `T` tokens; behind the last comes the last again.
+pub(super) struct Columns<'a, const T: usize> {
+    pub(super) values: [&'a [[i8; 16]]; T],
+    pub(super) scales: [&'a [[f32; LANES]]; T],
+    pub(super) sums: [&'a [i16]; T],
 }
 
 impl<'a, const T: usize> Columns<'a, T> {
     #[inline(always)]
-    fn new(x: &'a Tokens<'_>, t: usize) -> Self {
+    pub(super) fn new(x: &'a Tokens<'_>, t: usize) -> Self {
         let mut columns = Self {
             values: [&[]; T],
             scales: [&[]; T],
@@ -446,10 +489,10 @@ impl<'a, const T: usize> Columns<'a, T> {
         };
         let (len, groups) = (x.groups * x.group, x.groups);
         for i in 0..T {
-            columns.values[i] = x.values[(t + i) * len..][..len].as_chunks().0;
-            columns.scales[i] = x.scales[(t + i) * groups..][..groups].as_chunks().0;
-            let sums = len / SUM_GROUP;
-            columns.sums[i] = &x.sums[(t + i) * sums..][..sums];
+            let (t, sums) = ((t + i).min(x.n - 1), len / SUM_GROUP);
+            columns.values[i] = x.values[t * len..][..len].as_chunks().0;
+            columns.scales[i] = x.scales[t * groups..][..groups].as_chunks().0;
+            columns.sums[i] = &x.sums[t * sums..][..sums];
         }
         columns
     }

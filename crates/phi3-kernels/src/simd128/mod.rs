@@ -7,6 +7,8 @@
 
 pub(crate) mod attention;
 pub(crate) mod int8;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod pairs;
 pub(crate) mod rows;
 
 /// Vectors of four f32, and what the kernels do with them.

@@ -126,7 +126,11 @@ pub(super) fn products<L: Lanes, const SCALED: bool>(
             }
         }
     }
-    sums.map(|sum| l.store(sum))
+    let mut integers = [[[0; 8]; 2]; TILE];
+    for t in 0..TILE {
+        integers[t] = l.store(sums[t]);
+    }
+    integers
 }
 
 /// Eight rows to a vector.
@@ -168,7 +172,7 @@ impl Lanes for AvxLanes {
     #[inline(always)]
     fn store(self, v: [__m256i; 2]) -> [[i32; 8]; 2] {
         // SAFETY: the token exists only where the features were detected.
-        unsafe { v.map(|v| store_i32(v)) }
+        unsafe { [store_i32(v[0]), store_i32(v[1])] }
     }
 }
 
