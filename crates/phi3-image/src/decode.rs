@@ -19,15 +19,15 @@ pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Rgb> {
     if format == ImageFormat::Jpeg && !has_end_of_jpeg(bytes) {
         return Err(Error::Truncated { format: name });
     }
-    #[cfg(feature = "libjpeg")]
-    if format == ImageFormat::Jpeg {
-        return crate::libjpeg::decode(bytes, limits);
-    }
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(image_limits(limits));
     let decoder = reader.into_decoder().map_err(|it| error(name, &it))?;
     let (width, height) = decoder.dimensions();
     check_size(width, height, limits)?;
+    #[cfg(feature = "libjpeg")]
+    if format == ImageFormat::Jpeg {
+        return crate::libjpeg::decode(bytes, limits);
+    }
     let image = DynamicImage::from_decoder(decoder).map_err(|it| error(name, &it))?;
     let (width, height) = (image.width() as usize, image.height() as usize);
     let pixels = rgb_bytes(image).ok_or(Error::Decode {
