@@ -88,7 +88,7 @@ pub struct ComputeArgs {
         value_name = "f32|f16|bf16"
     )]
     pub dtype: Option<DTypeArg>,
-    /// Type of keys and values on the CPU, f16 or f32 [default: f16, but f32 where models are
+    /// Type of keys and values on the CPU, f16, f32 or q8_0 [default: f16, but f32 where models are
     /// compared]; a GPU keeps them in --dtype.
     #[arg(long, value_name = "TYPE")]
     pub cache_type: Option<CacheType>,

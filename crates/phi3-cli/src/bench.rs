@@ -113,7 +113,7 @@ pub struct Args {
         value_name = "f32|f16|bf16"
     )]
     dtype: Option<DTypeArg>,
-    /// Type of keys and values on the CPU, f16 or f32; a GPU keeps them in --dtype.
+    /// Type of keys and values on the CPU, f16, f32 or q8_0; a GPU keeps them in --dtype.
     #[arg(long, value_name = "TYPE", default_value_t)]
     cache_type: CacheType,
     /// Keep a mixture of experts within so much memory (12GiB): experts by recent use.

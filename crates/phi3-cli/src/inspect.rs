@@ -24,7 +24,7 @@ pub struct Args {
     /// Estimate memory for a sequence of this many tokens [default: 4096, or the model's context].
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
-    /// Type of keys and values in that estimate: f16 or f32.
+    /// Type of keys and values in that estimate: f16, f32 or q8_0.
     #[arg(long, value_name = "TYPE", default_value_t)]
     cache_type: CacheType,
     /// List every tensor.

@@ -105,6 +105,11 @@ pub(crate) trait Kernels: Debug + Send + Sync {
         self.base().widen(halves, out);
     }
 
+    /// A row of [`crate::f32_to_q8_0`] to f32: each number times its group's scale.
+    fn widen_q8_0(&self, row: &[u8], out: &mut [f32]) {
+        self.base().widen_q8_0(row, out);
+    }
+
     /// f32 to half precision, rounded to nearest even, finite values kept finite; slices of the
     /// same length.
     fn narrow(&self, values: &[f32], out: &mut [u16]) {

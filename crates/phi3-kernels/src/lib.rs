@@ -58,6 +58,7 @@ mod x86_64;
 pub use activations::{Activations, MIN_INT8_COLS};
 pub use attention::{
     AttentionJob, AttentionShape, KvPage, KvPages, attend, attend_packed, f16_to_f32, f32_to_f16,
+    f32_to_q8_0, q8_0_row_bytes,
 };
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use block_sparse::BlockSparseLayout;

@@ -113,12 +113,25 @@ fn group(layout: BlockSparseLayout, num_kv_heads: usize, kv_head: usize) -> std:
 pub(crate) enum LayerPages {
     F32(PageTable<f32>),
     F16(PageTable<u16>),
+    Q8_0(PageTable<u8>),
+}
+
+/// The same of every kind of table.
+macro_rules! each {
+    ($pages:expr, $table:ident => $of_table:expr) => {
+        match $pages {
+            Self::F32($table) => $of_table,
+            Self::F16($table) => $of_table,
+            Self::Q8_0($table) => $of_table,
+        }
+    };
 }
 
 /// What attention reads of a layer.
 pub(crate) enum PageViews<'c> {
     F32(Vec<KvPage<'c, f32>>),
     F16(Vec<KvPage<'c, u16>>),
+    Q8_0(Vec<KvPage<'c, u8>>),
 }
 
 impl LayerPages {
@@ -126,22 +139,17 @@ impl LayerPages {
         match cache_type {
             CacheType::F32 => Self::F32(PageTable::new(spec, pattern)),
             CacheType::F16 => Self::F16(PageTable::new(spec, pattern)),
+            CacheType::Q8_0 => Self::Q8_0(PageTable::new(spec, pattern)),
         }
     }
 
     pub(crate) fn shape(&self) -> PageShape {
-        match self {
-            Self::F32(table) => table.shape,
-            Self::F16(table) => table.shape,
-        }
+        each!(self, table => table.shape)
     }
 
     /// Whether keys of so many heads of so many numbers are this layer's.
     pub(crate) fn check(&self, num_kv_heads: usize, head_dim: usize) -> Result<()> {
-        let own = match self {
-            Self::F32(table) => (table.num_kv_heads, table.head_dim),
-            Self::F16(table) => (table.num_kv_heads, table.head_dim),
-        };
+        let own = each!(self, table => (table.num_kv_heads, table.head_dim));
         if own == (num_kv_heads, head_dim) {
             return Ok(());
         }
@@ -153,41 +161,26 @@ impl LayerPages {
 
     /// See [`PageTable::append`].
     pub(crate) fn append(&mut self, start: usize, keys: &[f32], values: &[f32]) -> Result<()> {
-        match self {
-            Self::F32(table) => table.append(start, keys, values),
-            Self::F16(table) => table.append(start, keys, values),
-        }
+        each!(self, table => table.append(start, keys, values))
     }
 
     /// Frees what no query of the layer reaches any more now that the sequence has `len` tokens.
     pub(crate) fn drop_unreachable(&mut self, pattern: AttentionPattern, len: usize) {
-        match self {
-            Self::F32(table) => table.drop_unreachable(pattern, len),
-            Self::F16(table) => table.drop_unreachable(pattern, len),
-        }
+        each!(self, table => table.drop_unreachable(pattern, len))
     }
 
     /// See [`PageTable::lacks`].
     pub(crate) fn lacks(&self, pattern: AttentionPattern, len: usize) -> bool {
-        match self {
-            Self::F32(table) => table.lacks(pattern, len),
-            Self::F16(table) => table.lacks(pattern, len),
-        }
+        each!(self, table => table.lacks(pattern, len))
     }
 
     /// See [`PageTable::truncate`].
     pub(crate) fn truncate(&mut self, len: usize) {
-        match self {
-            Self::F32(table) => table.truncate(len),
-            Self::F16(table) => table.truncate(len),
-        }
+        each!(self, table => table.truncate(len))
     }
 
     pub(crate) fn size_in_bytes(&self) -> usize {
-        match self {
-            Self::F32(table) => table.size_in_bytes(),
-            Self::F16(table) => table.size_in_bytes(),
-        }
+        each!(self, table => table.size_in_bytes())
     }
 
     /// The same pages in memory of their own.
@@ -195,6 +188,7 @@ impl LayerPages {
         match self {
             Self::F32(table) => Self::F32(table.unshared()),
             Self::F16(table) => Self::F16(table.unshared()),
+            Self::Q8_0(table) => Self::Q8_0(table.unshared()),
         }
     }
 
@@ -202,6 +196,7 @@ impl LayerPages {
         match self {
             Self::F32(table) => PageViews::F32(table.view()),
             Self::F16(table) => PageViews::F16(table.view()),
+            Self::Q8_0(table) => PageViews::Q8_0(table.view()),
         }
     }
 }
@@ -211,6 +206,7 @@ impl PageViews<'_> {
         match self {
             Self::F32(pages) => KvPages::F32(pages),
             Self::F16(pages) => KvPages::F16(pages),
+            Self::Q8_0(pages) => KvPages::Q8_0(pages),
         }
     }
 }
@@ -231,6 +227,16 @@ impl Element for f32 {
 
     fn store(row: &[f32], stored: &mut [Self]) {
         stored.copy_from_slice(row);
+    }
+}
+
+impl Element for u8 {
+    fn row_len(d: usize) -> usize {
+        phi3_kernels::q8_0_row_bytes(d)
+    }
+
+    fn store(row: &[f32], stored: &mut [Self]) {
+        phi3_kernels::f32_to_q8_0(row, stored);
     }
 }
 

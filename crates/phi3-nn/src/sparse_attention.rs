@@ -109,6 +109,9 @@ fn attend(queries: &mut SparseQueries<'_>, view: &PageViews<'_>, layout: BlockSp
         PageViews::F16(pages) => {
             attend_tiles(queries, &tiles, pages, layout, |pages| KvPages::F16(pages));
         }
+        PageViews::Q8_0(pages) => {
+            attend_tiles(queries, &tiles, pages, layout, |pages| KvPages::Q8_0(pages));
+        }
     }
 }
 

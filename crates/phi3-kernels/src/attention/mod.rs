@@ -12,12 +12,16 @@
 //!
 //! [`Kernels`]: crate::backend::Kernels
 
+mod q8_0;
 mod schedule;
 mod tile;
 
 use std::ops::Range;
 
 use crate::backend::Rows;
+
+pub(crate) use q8_0::{GROUP, GROUP_BYTES};
+pub use q8_0::{f32_to_q8_0, q8_0_row_bytes};
 
 /// What the slices of an [`AttentionJob`] mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,6 +69,8 @@ pub enum KvPages<'a> {
     F32(&'a [KvPage<'a, f32>]),
     /// Rounded to half precision, as bits: [`crate::f32_to_f16`].
     F16(&'a [KvPage<'a, u16>]),
+    /// Rounded to eight bits: rows of [`q8_0_row_bytes`] bytes as [`f32_to_q8_0`] makes them.
+    Q8_0(&'a [KvPage<'a, u8>]),
 }
 
 /// One sequence of [`attend_packed`]: its queries, its keys and values, and the output.
@@ -177,9 +183,13 @@ impl AttentionJob<'_> {
             heads > 0 && k.is_multiple_of(heads),
             "attend: pages of {heads} heads do not divide {k} key/value heads"
         );
+        let row = match self.pages {
+            KvPages::F32(_) | KvPages::F16(_) => d,
+            KvPages::Q8_0(_) => q8_0_row_bytes(d),
+        };
         let page = heads
             .checked_mul(self.page_len)
-            .and_then(|n| n.checked_mul(d));
+            .and_then(|n| n.checked_mul(row));
         let fits = |keys: usize, values: usize| keys == values && (Some(keys) == page || keys == 0);
         let (pages, fit) = match self.pages {
             KvPages::F32(pages) => (
@@ -187,6 +197,10 @@ impl AttentionJob<'_> {
                 pages.iter().all(|p| fits(p.keys.len(), p.values.len())),
             ),
             KvPages::F16(pages) => (
+                pages.len(),
+                pages.iter().all(|p| fits(p.keys.len(), p.values.len())),
+            ),
+            KvPages::Q8_0(pages) => (
                 pages.len(),
                 pages.iter().all(|p| fits(p.keys.len(), p.values.len())),
             ),

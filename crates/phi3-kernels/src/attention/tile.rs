@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{AttentionJob, AttentionShape, KvPages, Rows};
+use super::{AttentionJob, AttentionShape, KvPages, Rows, q8_0_row_bytes};
 use crate::dispatch::Backend;
 
 /// Positions of a tile: softmax is joined at its multiples.
@@ -30,6 +30,13 @@ const PREFETCH_ROWS: usize = 8;
 
 /// Widths of vectors that backends need not care about: rows are padded to a multiple.
 const LANES: usize = 8;
+
+/// Keys or values as they are stored: those that a backend reads as they are, or Q8_0 rows.
+#[derive(Clone, Copy)]
+enum Stored<'a> {
+    Rows(Rows<'a>),
+    Q8_0(&'a [u8]),
+}
 
 /// An [`AttentionJob`] without its output.
 #[derive(Clone, Copy)]
@@ -112,17 +119,24 @@ impl<'a> Sequence<'a> {
     }
 
     /// The keys of a block, or its values.
-    fn rows(&self, head: usize, block: &Range<usize>, of_keys: bool) -> Rows<'a> {
+    fn rows(&self, head: usize, block: &Range<usize>, of_keys: bool) -> Stored<'a> {
         let (row, first) = (block.start / self.page_len, block.start % self.page_len);
         let page = row * (self.num_kv_heads / self.page_heads) + head / self.page_heads;
         let start = head % self.page_heads * self.page_len + first;
+        let d = self.shape.head_dim;
         let rows = match self.pages {
             KvPages::F32(pages) if of_keys => Rows::F32(pages[page].keys),
             KvPages::F32(pages) => Rows::F32(pages[page].values),
             KvPages::F16(pages) if of_keys => Rows::F16(pages[page].keys),
             KvPages::F16(pages) => Rows::F16(pages[page].values),
+            KvPages::Q8_0(pages) => {
+                let page = &pages[page];
+                let rows = if of_keys { page.keys } else { page.values };
+                let row = q8_0_row_bytes(d);
+                return Stored::Q8_0(&rows[start * row..(start + block.len()) * row]);
+            }
         };
-        rows.part(start, start + block.len(), self.shape.head_dim)
+        Stored::Rows(rows.part(start, start + block.len(), d))
     }
 }
 
@@ -165,6 +179,7 @@ impl<'a> Queries<'a> {
         let converts = match sequence.pages {
             KvPages::F32(_) => width != d,
             KvPages::F16(_) => width != d || rows > DIRECT_ROWS,
+            KvPages::Q8_0(_) => true,
         };
         Self {
             backend,
@@ -290,8 +305,9 @@ impl<'a> Queries<'a> {
         let sequence = self.sequence;
         if let Some(block) = sequence.blocks(first..sequence.len).next() {
             let rows = first..block.end.min(first + PREFETCH_ROWS);
-            self.backend
-                .prefetch(sequence.rows(self.head, &rows, of_keys));
+            if let Stored::Rows(rows) = sequence.rows(self.head, &rows, of_keys) {
+                self.backend.prefetch(rows);
+            }
         }
     }
 
@@ -368,15 +384,24 @@ fn factor(from: f32, to: f32) -> f32 {
 /// `rows` as the backend shall have them: as they are, or in `wide` if that has been given room.
 fn widened<'r>(
     backend: Backend,
-    rows: Rows<'r>,
+    stored: Stored<'r>,
     wide: &'r mut [f32],
     sequence: &Sequence<'_>,
     width: usize,
 ) -> Rows<'r> {
-    if wide.is_empty() {
-        return rows;
-    }
     let d = sequence.shape.head_dim;
+    let rows = match stored {
+        Stored::Rows(rows) if wide.is_empty() => return rows,
+        Stored::Rows(rows) => rows,
+        Stored::Q8_0(rows) => {
+            let row = q8_0_row_bytes(d);
+            let wide = &mut wide[..rows.len() / row * width];
+            for (wide, row) in wide.chunks_exact_mut(width).zip(rows.chunks_exact(row)) {
+                backend.widen_q8_0(row, &mut wide[..d]);
+            }
+            return Rows::F32(wide);
+        }
+    };
     let count = match rows {
         Rows::F32(rows) => rows.len() / d,
         Rows::F16(rows) => rows.len() / d,

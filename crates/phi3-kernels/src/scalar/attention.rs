@@ -1,6 +1,7 @@
 //! Attention's operations: see `backend::Kernels` for what each has to give.
 
 use super::{dot, f16_to_f32};
+use crate::attention::{GROUP, GROUP_BYTES};
 use crate::backend::Rows;
 
 pub(crate) fn scores(q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
@@ -52,6 +53,16 @@ pub(crate) fn widen(halves: &[u16], out: &mut [f32]) {
     }
 }
 
+pub(crate) fn widen_q8_0(row: &[u8], out: &mut [f32]) {
+    let (groups, _) = row.as_chunks::<GROUP_BYTES>();
+    for ([low, high, q @ ..], out) in groups.iter().zip(out.chunks_mut(GROUP)) {
+        let scale = f16_to_f32(u16::from_le_bytes([*low, *high]));
+        for (q, out) in q.iter().zip(out) {
+            *out = scale * f32::from(*q as i8);
+        }
+    }
+}
+
 pub(crate) fn narrow(values: &[f32], out: &mut [u16]) {
     for (value, out) in values.iter().zip(out) {
         *out = f32_to_f16(*value);
@@ -72,7 +83,7 @@ fn wide_rows<'a>(rows: Rows<'a>, wide: &'a mut Vec<f32>) -> &'a [f32] {
 /// Largest finite half.
 pub(crate) const F16_MAX: f32 = 65504.0;
 
-fn f32_to_f16(value: f32) -> u16 {
+pub(crate) fn f32_to_f16(value: f32) -> u16 {
     let sign = ((value.to_bits() >> 16) & 0x8000) as u16;
     let magnitude = value.abs();
     if magnitude.is_nan() {

@@ -70,6 +70,10 @@ impl Kernels for Scalar {
         attention::widen(halves, out);
     }
 
+    fn widen_q8_0(&self, row: &[u8], out: &mut [f32]) {
+        attention::widen_q8_0(row, out);
+    }
+
     fn narrow(&self, values: &[f32], out: &mut [u16]) {
         attention::narrow(values, out);
     }

@@ -68,6 +68,10 @@ impl Kernels for Avx2 {
         Avx2::widen(*self, halves, out);
     }
 
+    fn widen_q8_0(&self, row: &[u8], out: &mut [f32]) {
+        Avx2::widen_q8_0(*self, row, out);
+    }
+
     fn narrow(&self, values: &[f32], out: &mut [u16]) {
         Avx2::narrow(*self, values, out);
     }

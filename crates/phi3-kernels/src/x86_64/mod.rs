@@ -3,6 +3,7 @@
 mod attention;
 mod avx2;
 mod blocks;
+mod cache;
 mod float;
 mod gemm;
 mod gemv;
