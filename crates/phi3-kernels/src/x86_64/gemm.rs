@@ -15,6 +15,7 @@ use std::arch::x86_64::*;
 use super::blocks::{
     factors, half_factors, has_minimum, offset_shift, single, sums_in_i16, superblock,
 };
+use super::groups;
 use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len};
 use super::micro::{self, Integers, Lanes, Scales, Sums, Weights};
 use super::vector::{from_f16, load, load_f32, prefetch, store, store_f32, store_i16, transpose};
@@ -361,10 +362,11 @@ fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], lanes: &mut 
     let x = &x[..w.len()];
     for i in 0..w.len() {
         let (w, x) = (&w[i], &x[i]);
-        let mut a = NO_INTEGERS;
-        for g in 0..8 {
-            add_group::<ID>(&w.q[g], &x.values[g], &w.scales, g, &mut a);
-        }
+        let a = match sums_in_i16(ID) {
+            8 => groups::block::<8>(&w.q, &x.values, &w.scales),
+            4 => groups::block::<4>(&w.q, &x.values, &w.scales),
+            _ => groups::block::<2>(&w.q, &x.values, &w.scales),
+        };
         let b = if groups_of_32(ID) {
             micro::minima(&w.minima[..4], &x.sums_32)
         } else {
@@ -373,7 +375,7 @@ fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], lanes: &mut 
         for t in 0..TILE {
             let scale = _mm256_set1_ps(x.scales[t]);
             for half in 0..2 {
-                let mut a = load(&a.0[t][half]);
+                let mut a = a[t][half];
                 if offset_shift(ID).is_some() {
                     a = _mm256_sub_epi32(a, b[t][half]);
                 }
@@ -387,25 +389,5 @@ fn multiply_super<const ID: u32>(w: &[SuperPanel], x: &[SuperTile], lanes: &mut 
                 lanes.0[t][half] = store_f32(sum);
             }
         }
-    }
-}
-
-/// Adds 32 columns, times their scales.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn add_group<const ID: u32>(
-    w: &[Weights; 8],
-    x: &[[i32; TILE]; 8],
-    scales: &[Scales; 16],
-    g: usize,
-    a: &mut Integers,
-) {
-    let chain = sums_in_i16(ID);
-    let mut first = 0;
-    while first < 8 {
-        let columns = first..first + chain;
-        let scales = &scales[2 * g + first / 4];
-        micro::add_unsigned(&w[columns.clone()], &x[columns], scales, a);
-        first += chain;
     }
 }

@@ -136,6 +136,8 @@ macro_rules! columns {
     };
 }
 
+pub(super) use {begin, columns, go_on, token, weights};
+
 /// Sums of one token, widened with their scales and added to its integers.
 macro_rules! widened {
     ($t:literal, $a:literal, $b:literal) => {

@@ -7,6 +7,7 @@ mod cache;
 mod float;
 mod gemm;
 mod gemv;
+mod groups;
 mod int8;
 mod kernels;
 mod layouts;
