@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use phi3::nn::ModelInfo;
-use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
+use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions, ModelConfig};
 
 use crate::args::{DTypeArg, HubArgs, SourceArgs, open};
 use crate::output::{self, UsageError};
@@ -167,7 +167,11 @@ pub fn run(args: &Args) -> Result<()> {
     let mut bench = Bench::new(language_model.model().as_ref(), spec, args.repeat.into());
     bench.first_token()?;
     let first_token = start.elapsed();
-    let weights = Weights::of(&checkpoint.tensors);
+    let mut weights = Weights::of(&checkpoint.tensors);
+    if let ModelConfig::PhiMoe(moe) = language_model.config() {
+        let share = moe.num_experts_per_tok as f64 / moe.num_local_experts as f64;
+        weights = weights.with_experts_taken(&checkpoint.tensors, share);
+    }
     let mut results = Vec::new();
     for &depth in &args.depth {
         let tests = args.tests_at(depth);

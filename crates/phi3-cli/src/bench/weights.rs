@@ -61,6 +61,19 @@ impl Weights {
         sums.kind = kinds.join("+");
         sums
     }
+
+    /// The same where each token takes only a share of the experts: the others are neither read nor
+    /// multiplied for it. A pass of many tokens reads more of them than is counted here.
+    pub fn with_experts_taken(mut self, tensors: &[TensorEntry], share: f64) -> Self {
+        let is_expert = |name: &str| name.contains("_exps.") || name.contains(".experts.");
+        let others = |count: u64| (count as f64 * (1.0 - share)) as u64;
+        for tensor in tensors.iter().filter(|tensor| is_expert(&tensor.name)) {
+            let count: u64 = tensor.shape.iter().map(|&axis| axis as u64).product();
+            self.per_token -= others(count).min(self.per_token);
+            self.read -= others(tensor.bytes).min(self.read);
+        }
+        self
+    }
 }
 
 #[cfg(test)]
@@ -99,6 +112,20 @@ mod tests {
         let apart = Weights::of(&tensors);
         assert_eq!((apart.read, apart.head), (2036 - 180 + 263, 320));
         assert_eq!(apart.kind, "Q4_0+Q6_K");
+    }
+
+    #[test]
+    fn only_the_experts_that_a_token_takes_count() {
+        let tensors = [
+            tensor("output.weight", "F16", &[10, 4], 80),
+            tensor("blk.0.attn_q.weight", "F16", &[4, 4], 32),
+            tensor("blk.0.ffn_up_exps.weight", "F16", &[8, 4, 4], 256),
+        ];
+        let all = Weights::of(&tensors);
+        assert_eq!((all.read, all.per_token), (368, 144));
+        let taken = all.clone().with_experts_taken(&tensors, 0.25);
+        assert_eq!((taken.read, taken.per_token), (80 + 32 + 64, 16 + 32));
+        assert_eq!((taken.bytes, taken.head), (all.bytes, all.head));
     }
 
     #[test]
