@@ -70,13 +70,22 @@ fn mapping_of(bytes: &[u8]) -> Option<(Arc<Mapping>, usize)> {
     })
 }
 
-/// Asks the kernel to read mapped bytes from disk without waiting for them. Other bytes are in memory
-/// already. Advice that the system does not take changes nothing.
+/// Bytes that one piece of advice to read ahead covers. Linux reads no more of a longer range than the
+/// device's own window or largest request (`force_page_cache_ra`), 128 KiB where nothing is set.
+#[cfg(unix)]
+const READ_AHEAD: usize = 128 << 10;
+
+/// Asks the kernel to read mapped bytes from disk, and waits for no more than a full queue of
+/// requests. Other bytes are in memory already. Advice that the system does not take changes nothing.
 pub(crate) fn read_ahead(bytes: &Bytes) {
     #[cfg(unix)]
     if let Some((mapping, offset)) = mapping_of(bytes) {
-        let advice = memmap2::Advice::WillNeed;
-        let _ = mapping.0.advise_range(advice, offset, bytes.len());
+        let end = offset + bytes.len();
+        for start in (offset..end).step_by(READ_AHEAD) {
+            let len = READ_AHEAD.min(end - start);
+            let advice = memmap2::Advice::WillNeed;
+            let _ = mapping.0.advise_range(advice, start, len);
+        }
     }
     #[cfg(not(unix))]
     let _ = mapping_of(bytes);

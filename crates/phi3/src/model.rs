@@ -115,7 +115,14 @@ impl LanguageModel {
         if let (Some(budget), Some(limit)) = (&budget, options.memory_budget) {
             let all: u64 = checkpoint.tensors.iter().map(|tensor| tensor.bytes).sum();
             let others = all.saturating_sub(budget.counters().group_bytes);
-            budget.set_limit(limit.saturating_sub(others + process_share(limit)));
+            let fixed = others.saturating_add(process_share(limit));
+            if fixed >= limit {
+                tracing::warn!(
+                    "the memory budget of {limit} bytes is less than the {fixed} that are needed \
+                     without any expert: it will be exceeded, and every expert read anew"
+                );
+            }
+            budget.set_limit(limit.saturating_sub(fixed));
         }
         for name in weights.unused() {
             tracing::debug!(tensor = name, "not needed by this model");
@@ -246,8 +253,6 @@ impl LanguageModel {
     }
 }
 
-/// `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` of a generation
-/// config, with transformers' defaults.
 /// What a budget leaves for caches and activations: a sixteenth, at most 512 MiB.
 fn process_share(budget: u64) -> u64 {
     (budget / 16).min(512 << 20)
@@ -272,6 +277,8 @@ fn memory_budget(
     Err(Error::MemoryBudget { reason })
 }
 
+/// `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` of a generation
+/// config, with transformers' defaults.
 fn default_sampling(generation_config: Option<&Value>) -> SamplingParams {
     let field = |name: &str| generation_config.and_then(|config| config.get(name));
     let float = |name: &str| {

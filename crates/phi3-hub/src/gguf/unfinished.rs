@@ -3,11 +3,12 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A file beside its final place, deleted unless it is finished.
 ///
-/// It is locked as long as its process lives, so that another process can tell it from one that a
-/// killed process left behind.
+/// It is locked as long as the [`File`] is open, so that another process can tell it from one that a
+/// killed process left behind: close it only after [`Unfinished::finish`].
 pub(super) struct Unfinished(Option<PathBuf>);
 
 impl Unfinished {
@@ -19,8 +20,11 @@ impl Unfinished {
         remove_abandoned(path);
         let mut attempt = 0u32;
         loop {
+            // No name comes twice in a process: a name that exists is then this file, and not one that
+            // another thread made after another process had taken this one for abandoned.
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let mut hidden = hidden_prefix(name);
-            hidden.push(format!("{}-{attempt}{SUFFIX}", std::process::id()));
+            hidden.push(format!("{}-{number}{SUFFIX}", std::process::id()));
             let unfinished = path.with_file_name(hidden);
             attempt += 1;
             match OpenOptions::new()
@@ -54,6 +58,9 @@ const SUFFIX: &str = ".part";
 
 /// Names that are tried before giving up.
 const ATTEMPTS: u32 = 1000;
+
+/// Names that this process has taken so far.
+static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// How the names of unfinished files begin: hidden, and with the name they will have.
 fn hidden_prefix(name: &OsStr) -> OsString {
@@ -90,9 +97,9 @@ fn remove_abandoned(path: &Path) {
             .as_encoded_bytes()
             .strip_prefix(prefix.as_encoded_bytes())
             .and_then(|rest| rest.strip_suffix(SUFFIX.as_bytes()));
-        let is_number = |digit: &u8| digit.is_ascii_digit() || *digit == b'-';
-        let unfinished = middle.is_some_and(|middle| middle.iter().all(is_number));
-        if !unfinished || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+        if !middle.is_some_and(is_process_and_number)
+            || !entry.file_type().is_ok_and(|kind| kind.is_file())
+        {
             continue;
         }
         let file = OpenOptions::new().write(true).open(entry.path());
@@ -103,6 +110,17 @@ fn remove_abandoned(path: &Path) {
             tracing::info!(path = %entry.path().display(), ?removed, "an abandoned file");
         }
     }
+}
+
+/// Whether this is what [`Unfinished::create`] puts between the name and the suffix: `17-0`.
+fn is_process_and_number(middle: &[u8]) -> bool {
+    let mut numbers = middle.split(|&byte| byte == b'-');
+    let mut is_number = || {
+        numbers
+            .next()
+            .is_some_and(|digits| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit))
+    };
+    is_number() && is_number() && numbers.next().is_none()
 }
 
 impl Drop for Unfinished {
@@ -133,6 +151,29 @@ mod tests {
     }
 
     #[test]
+    fn threads_write_the_same_file_side_by_side() {
+        use std::io::Write;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        std::thread::scope(|scope| {
+            for thread in 0..4u8 {
+                let path = &path;
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        let (mut file, unfinished) = Unfinished::create(path).unwrap();
+                        file.write_all(&[thread; 1000]).unwrap();
+                        unfinished.finish(path).unwrap();
+                        drop(file);
+                    }
+                });
+            }
+        });
+        let found = std::fs::read(&path).unwrap();
+        assert!(found.len() == 1000 && found.iter().all(|byte| *byte == found[0]));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
     fn a_killed_process_leaves_nothing_to_the_next() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
@@ -147,6 +188,10 @@ mod tests {
         // Names like those of unfinished files, but of other files.
         let others = [
             ".model.gguf.mine.part",
+            ".model.gguf..part",
+            ".model.gguf.1.part",
+            ".model.gguf.-1-.part",
+            ".model.gguf.1-2-3.part",
             ".model.gguf2.1-0.part",
             "model.gguf.1-0.part",
         ];
