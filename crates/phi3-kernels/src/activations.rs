@@ -1,5 +1,6 @@
 //! The tokens that several matrices multiply, quantized once for all of them.
 
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
@@ -35,7 +36,7 @@ pub const MIN_INT8_COLS: usize = 2048;
 /// reads the same input.
 #[derive(Debug)]
 pub struct Activations<'a> {
-    x: &'a [f32],
+    x: Cow<'a, [f32]>,
     n: usize,
     cols: usize,
     by_block: OnceLock<Quantized>,
@@ -54,7 +55,7 @@ impl<'a> Activations<'a> {
             x.len()
         );
         Self {
-            x,
+            x: Cow::Borrowed(x),
             n,
             cols,
             by_block: OnceLock::new(),
@@ -63,8 +64,8 @@ impl<'a> Activations<'a> {
     }
 
     /// The tokens as they were given.
-    pub fn values(&self) -> &'a [f32] {
-        self.x
+    pub fn values(&self) -> &[f32] {
+        &self.x
     }
 
     /// Number of tokens.
@@ -82,6 +83,33 @@ impl<'a> Activations<'a> {
         self.cols
     }
 
+    /// The tokens `rows`, in that order, with the eight-bit forms that weights of `block_types` multiply:
+    /// made of the whole at most once, and then copied, so that a token that several experts take is
+    /// rounded once.
+    ///
+    /// # Panics
+    /// When a row is not among the tokens.
+    pub fn select(
+        &self,
+        rows: &[u32],
+        block_types: impl IntoIterator<Item = BlockType>,
+    ) -> Activations<'static> {
+        for block_type in block_types {
+            self.quantized(block_type);
+        }
+        let form = |form: &OnceLock<Quantized>| match form.get() {
+            Some(form) => OnceLock::from(form.select(rows)),
+            None => OnceLock::new(),
+        };
+        Activations {
+            x: Cow::Owned(select(&self.x, self.cols, rows)),
+            n: rows.len(),
+            cols: self.cols,
+            by_block: form(&self.by_block),
+            by_superblock: form(&self.by_superblock),
+        }
+    }
+
     /// The form that weights of `block_type` multiply; `None` where they multiply f32: float types
     /// and rows shorter than [`MIN_INT8_COLS`].
     pub(crate) fn quantized(&self, block_type: BlockType) -> Option<&Quantized> {
@@ -93,7 +121,7 @@ impl<'a> Activations<'a> {
             SUPERBLOCK_GROUP => (&self.by_superblock, SUPERBLOCK_GROUP),
             _ => return None,
         };
-        Some(form.get_or_init(|| Quantized::new(self.x, self.n, self.cols, group)))
+        Some(form.get_or_init(|| Quantized::new(&self.x, self.n, self.cols, group)))
     }
 }
 
@@ -153,8 +181,32 @@ impl Quantized {
         quantized
     }
 
+    /// The tokens `rows`.
+    fn select(&self, rows: &[u32]) -> Self {
+        Self {
+            group: self.group,
+            n: rows.len(),
+            cols: self.cols,
+            values: select(&self.values, self.cols, rows),
+            scales: select(&self.scales, self.groups(), rows),
+            sums: select(&self.sums, self.cols / SUM_GROUP, rows),
+            #[cfg(target_arch = "x86_64")]
+            avx2: crate::x86_64::Layouts::default(),
+        }
+    }
+
     /// Groups of a token.
     pub(crate) fn groups(&self) -> usize {
         self.cols / self.group
     }
+}
+
+/// The rows `rows` of `[n, cols]`, in that order.
+fn select<T: Copy>(from: &[T], cols: usize, rows: &[u32]) -> Vec<T> {
+    let mut selected = Vec::with_capacity(rows.len() * cols);
+    for &row in rows {
+        let start = row as usize * cols;
+        selected.extend_from_slice(&from[start..start + cols]);
+    }
+    selected
 }

@@ -40,6 +40,7 @@ mod environment;
 mod int8_tests;
 mod ops;
 mod probe;
+mod products;
 mod quantize;
 mod scalar;
 #[cfg(any(
@@ -68,6 +69,7 @@ pub use ops::{
     rms_norm, rope, silu_mul,
 };
 pub use probe::{InstructionSet, Probe, probe};
+pub use products::{Product, combine_rows, linear_all};
 pub use quantize::quantize;
 pub use threads::{num_threads, parallel, set_num_threads};
 

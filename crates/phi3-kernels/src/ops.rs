@@ -165,8 +165,7 @@ pub fn linear(
         return matmul(x.values(), n, w, out, out_stride, out_offset);
     };
 
-    let work = rows.saturating_mul(cols).saturating_mul(n);
-    let part_rows = threads::chunk_len(rows, work).next_multiple_of(ROW_MULTIPLE);
+    let part_rows = rows_of_a_part(n, w);
     let mut parts: Vec<Vec<&mut [f32]>> = Vec::new();
     parts.resize_with(rows.div_ceil(part_rows), || Vec::with_capacity(n));
     for out in out.chunks_mut(out_stride).take(n) {
@@ -184,6 +183,12 @@ pub fn linear(
             });
         }),
     }
+}
+
+/// Rows of `w` that a thread takes at a time for `n` tokens.
+pub(crate) fn rows_of_a_part(n: usize, w: MatrixRef<'_>) -> usize {
+    let work = w.rows().saturating_mul(w.cols()).saturating_mul(n);
+    threads::chunk_len(w.rows(), work).next_multiple_of(ROW_MULTIPLE)
 }
 
 /// Whether `n` output rows of `rows` elements fit `len` elements at this stride and offset.

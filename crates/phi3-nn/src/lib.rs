@@ -19,6 +19,7 @@ pub mod kv_cache;
 mod kv_pages;
 mod layer_cache;
 pub mod linear;
+pub mod mixture;
 pub mod mlp;
 pub mod norm;
 pub mod packed;

@@ -132,6 +132,19 @@ impl Linear {
         &self.name
     }
 
+    /// The weight, where the kernels read it and there is no bias.
+    pub(crate) fn stored(&self) -> Option<&StoredTensor> {
+        match (&self.weight, &self.bias) {
+            (Weight::Stored(stored), None) => Some(stored),
+            _ => None,
+        }
+    }
+
+    /// Length of an input row.
+    pub(crate) fn in_features(&self) -> usize {
+        self.in_features
+    }
+
     /// Length of an output row.
     pub fn out_features(&self) -> usize {
         self.out_features
@@ -179,17 +192,25 @@ fn stored_matmul(name: &str, x: &[f32], rows: usize, stored: &StoredTensor) -> R
     let mut y = vec![0f32; rows * out_stride];
     let mut offset = 0;
     for part in stored.parts() {
-        let matrix =
-            MatrixRef::new(part.block_type, part.rows, columns, &part.bytes).map_err(|source| {
-                Error::TensorBytes {
-                    name: name.to_owned(),
-                    source: source.into(),
-                }
-            })?;
+        let matrix = matrix(name, part, columns)?;
         phi3_kernels::linear(&x, matrix, &mut y, out_stride, offset);
         offset += part.rows;
     }
     Ok(y)
+}
+
+/// A part of the weight of layer `name`, as the kernels take it.
+pub(crate) fn matrix<'a>(
+    name: &str,
+    part: &'a TensorPart,
+    columns: usize,
+) -> Result<MatrixRef<'a>> {
+    MatrixRef::new(part.block_type, part.rows, columns, &part.bytes).map_err(|source| {
+        Error::TensorBytes {
+            name: name.to_owned(),
+            source: source.into(),
+        }
+    })
 }
 
 impl DeviceMatrix {

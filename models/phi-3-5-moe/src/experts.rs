@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use phi3_nn::mixture::{ExpertRows, experts, weighted_sum};
 use phi3_nn::mlp::silu_mul;
 use phi3_nn::{Error, Linear, Packed, Residency, Result, StoredTensor, Weights};
 
@@ -35,13 +36,13 @@ pub(crate) struct Experts {
 struct Groups {
     /// Per expert that has any, its rows in ascending order.
     experts: Vec<(usize, Vec<u32>)>,
-    /// Where choice `slot` of row `row` lies among all grouped rows: `[top_k][n]`.
-    places: Vec<Vec<u32>>,
+    /// Where each choice of each row lies among all grouped rows: `[n · top_k]`.
+    places: Vec<u32>,
 }
 
 impl Groups {
     fn of(routing: &Routing) -> Self {
-        let (rows, top_k) = (routing.rows(), routing.top_k());
+        let top_k = routing.top_k();
         let mut experts: Vec<(usize, Vec<u32>)> = (0..routing.num_experts())
             .map(|expert| (expert, Vec::new()))
             .collect();
@@ -57,13 +58,11 @@ impl Groups {
             next.push(start);
             start += rows.len() as u32;
         }
-        let mut places = vec![Vec::with_capacity(rows); top_k];
-        for chosen in routing.experts().chunks_exact(top_k.max(1)) {
-            for (places, &expert) in places.iter_mut().zip(chosen) {
-                if let Some(next) = next.get_mut(expert as usize) {
-                    places.push(*next);
-                    *next += 1;
-                }
+        let mut places = Vec::with_capacity(routing.experts().len());
+        for &expert in routing.experts() {
+            if let Some(next) = next.get_mut(expert as usize) {
+                places.push(*next);
+                *next += 1;
             }
         }
         experts.retain(|(_, rows)| !rows.is_empty());
@@ -150,31 +149,41 @@ impl Experts {
             let chosen = chosen.filter_map(|(idx, _)| Some(self.experts.get(*idx)?.group));
             residency.announce(&chosen.collect::<Vec<_>>());
         }
-        let device = x.device();
-        let mut outputs = Vec::with_capacity(groups.experts.len());
+        let y = match packed.is_observed() {
+            true => self.observed(x, &groups, packed)?,
+            false => self.unobserved(x, &groups)?,
+        }; // [n·K, H], grouped
+        weighted_sum(&y, &groups.places, weights)
+    }
+
+    /// All experts in one go: `[n·K, H]`, grouped.
+    fn unobserved(&self, x: &Tensor, groups: &Groups) -> Result<Tensor> {
+        let mut chosen = Vec::with_capacity(groups.experts.len());
         for (idx, rows) in &groups.experts {
-            let expert = self.experts.get(*idx).ok_or_else(|| {
-                Error::Batch(format!("expert {idx} of {} was chosen", self.experts.len()))
-            })?;
-            // A group as large as the batch is the batch: decode, mostly.
-            let input = match rows.len() == routing.rows() {
-                true => x.clone(),
-                false => x.index_select(&Tensor::new(rows.as_slice(), device)?, 0)?,
-            }; // [rows, H]
-            outputs.push(expert.forward(&input, rows, packed)?);
-        }
-        let outputs = Tensor::cat(&outputs, 0)?; // [n·K, H], grouped
-        let mut sum: Option<Tensor> = None;
-        for (slot, places) in groups.places.iter().enumerate() {
-            let places = Tensor::new(places.as_slice(), device)?;
-            let weight = weights.narrow(1, slot, 1)?.to_dtype(outputs.dtype())?;
-            let term = outputs.index_select(&places, 0)?.broadcast_mul(&weight)?;
-            sum = Some(match sum {
-                Some(sum) => (sum + term)?,
-                None => term,
+            let Expert { gate_up, down, .. } = self.get(*idx)?;
+            chosen.push(ExpertRows {
+                gate_up,
+                down,
+                rows,
             });
         }
-        sum.ok_or_else(|| Error::Batch("no expert was chosen".to_owned()))
+        experts(x, &chosen)
+    }
+
+    /// The same numbers, expert by expert, with their inputs shown.
+    fn observed(&self, x: &Tensor, groups: &Groups, packed: &mut Packed<'_, '_>) -> Result<Tensor> {
+        let mut outputs = Vec::with_capacity(groups.experts.len());
+        for (idx, rows) in &groups.experts {
+            let input = x.index_select(&Tensor::new(rows.as_slice(), x.device())?, 0)?; // [rows, H]
+            outputs.push(self.get(*idx)?.forward(&input, rows, packed)?);
+        }
+        Ok(Tensor::cat(&outputs, 0)?)
+    }
+
+    fn get(&self, idx: usize) -> Result<&Expert> {
+        self.experts.get(idx).ok_or_else(|| {
+            Error::Batch(format!("expert {idx} of {} was chosen", self.experts.len()))
+        })
     }
 }
 
@@ -213,7 +222,7 @@ mod tests {
         let expected = [(0, vec![0, 1]), (2, vec![0, 2]), (3, vec![1, 2])];
         assert_eq!(groups.experts, expected);
         // Grouped, the rows are 0 1 | 0 2 | 1 2.
-        assert_eq!(groups.places, [[2, 1, 3], [0, 4, 5]]);
+        assert_eq!(groups.places, [2, 0, 1, 4, 3, 5]);
         Ok(())
     }
 }
