@@ -3,6 +3,7 @@
 
 pub mod golden;
 pub mod hostile;
+pub mod lift;
 pub mod parity;
 pub mod runner;
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use phi3::text::{Message, Request, SamplingParams, complete};
 use phi3::{CacheType, LanguageModel, LoadOptions};
 use phi3_tests::fixtures;
+use phi3_tests::lift::to_mixture;
 use phi3_tests::parity::{argmax_rows, step};
 use serde::Deserialize;
 
@@ -148,6 +149,42 @@ fn the_converted_folders_answer_like_the_reference() -> Result<()> {
             );
         }
     }
+    Ok(())
+}
+
+/// The same trained model as a mixture of four experts: every position, within the bounds of the
+/// dense one, and in a conversation.
+#[test]
+fn a_mixture_lifted_from_the_model_answers_like_the_reference() -> Result<()> {
+    let Some(path) = demo("SmolLM2-135M-Instruct-f16") else {
+        return Ok(());
+    };
+    let source = phi3::hub::Source::parse(&path.to_string_lossy(), None)?;
+    let dense = phi3::hub::open(&source, &phi3::hub::HubOptions::from_env())?;
+    let lifted = to_mixture(&dense, 4, phi3_kernels::BlockType::F16)?;
+    let options = LoadOptions {
+        device: phi3::DeviceSpec::Cpu,
+        cache_type: CacheType::F32,
+        ..LoadOptions::default()
+    };
+    let model = LanguageModel::from_checkpoint(&lifted, &options)?;
+    ensure!(model.config().info().model_type == "phimoe");
+    let comparison = compare(&model, &goldens()?)?;
+    println!("lifted: {comparison:?}");
+    ensure!(
+        comparison.largest_difference <= LOGPROB_TOLERANCE && comparison.clear_misses == 0,
+        "{comparison:?}"
+    );
+    ensure!(
+        comparison.same_argmax * 100 >= comparison.positions * 95,
+        "{comparison:?}"
+    );
+    let mut chat = model.chat()?;
+    chat.settings.max_new_tokens = 12;
+    let answer = chat.send("What is the capital of France?")?.text()?;
+    ensure!(answer.contains("Paris"), "{answer}");
+    let answer = chat.send("And of Italy?")?.text()?;
+    ensure!(answer.contains("Rome"), "{answer}");
     Ok(())
 }
 
