@@ -19,13 +19,15 @@ LayerNorm, and weighs the two experts by their softmax scaled to a sum of 1, whe
 mostly are 1 each. The logits of a file as published therefore cannot agree; how far they are apart is
 printed, and nothing is asked of it. Agreement is asked of variants of the tiny model in which both are
 the same: what is added to the residual stream is antisymmetric, so that its mean is 0 and both norms are
-one; and either one expert per token and no jitter (SparseMixer's weight is then 1, and so is the
+one; the factors on rope's sines are those of LongRoPE's formula, the only ones that llama.cpp's
+key can tell for both lengths; and either one expert per token and no jitter (SparseMixer's weight is then 1, and so is the
 other), which tells whether the same one of 16 experts is chosen, or two experts in all and the plain
 router (`router_type` `topk_softmax`: both weigh by the softmax over two).
 """
 
 import argparse
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -104,6 +106,11 @@ def mixture(folder, experts, changes):
     fixture = ROOT / "tests" / "fixtures" / MOE
     folder.mkdir()
     config = json.loads((fixture / "config.json").read_text())
+    if folder.name != OTHER_RULE:
+        rope = config["rope_scaling"]
+        stretch = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
+        factor = (1 + math.log(stretch) / math.log(rope["original_max_position_embeddings"])) ** 0.5
+        config["rope_scaling"] = rope | {"short_mscale": factor, "long_mscale": factor}
     (folder / "config.json").write_text(json.dumps(config | changes))
     data = (fixture / "model.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
@@ -168,7 +175,7 @@ def check(phi3, folder, kind, scratch):
     largest_allowed, kl_allowed = TOLERANCE[rounding(kind)]
     if folder.name == OTHER_RULE:
         print(f"{folder.name:<28} {kind:<8} {len(ids):>4} {largest:>9.5f} {kl:>9.2e} {top:>9.3f}"
-              "    routed by another rule: nothing is asked")
+              "    another model there: nothing is asked")
         llama.close()
         path.unlink()
         return 0
