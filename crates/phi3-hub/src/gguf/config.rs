@@ -11,7 +11,7 @@ use super::names::{
     TOKEN_EMBEDDING,
 };
 use super::value::{Array, Value};
-use super::weights;
+use super::{small, weights};
 
 /// Texts of tokens that end a turn or a text. llama.cpp stops at them even where the metadata name
 /// only one, as those of Phi-3 do, whose `<|end|>` is not the end-of-text token.
@@ -99,14 +99,14 @@ impl Hyperparameters {
         }
         let rotary_dim = keys.optional("rope.dimension_count")?.unwrap_or(head_dim);
         // Llama's row order pairs rows over the whole head, so that no part of it can stay unrotated;
-        // Phi-3.5-MoE's config knows no part of a head.
+        // the configs of Phi-3.5-MoE and Phi-3-small know no part of a head.
         let whole = architecture != Architecture::Phi3 && rotary_dim != head_dim;
         if rotary_dim == 0 || rotary_dim % 2 != 0 || rotary_dim > head_dim || whole {
             return Err(Error::BadValue {
                 key: keys.key("rope.dimension_count"),
                 found: rotary_dim.to_string(),
                 expected: match architecture {
-                    Architecture::Llama | Architecture::Phimoe => {
+                    Architecture::Llama | Architecture::Phimoe | Architecture::Phi3Small => {
                         format!("{head_dim}, the whole head")
                     }
                     Architecture::Phi3 => format!("an even number from 2 to {head_dim}"),
@@ -121,11 +121,15 @@ impl Hyperparameters {
             kv_heads,
             head_dim,
             rotary_dim,
-            intermediate: keys.positive("feed_forward_length")?,
+            intermediate: match architecture {
+                // Its config may state a multiplier instead; no tensor is put together by it.
+                Architecture::Phi3Small => keys.optional("feed_forward_length")?.unwrap_or(0),
+                _ => keys.positive("feed_forward_length")?,
+            },
             context: keys.positive("context_length")?,
             moe: match architecture {
                 Architecture::Phimoe => Some(Moe::read(container, &keys)?),
-                Architecture::Phi3 | Architecture::Llama => None,
+                Architecture::Phi3 | Architecture::Llama | Architecture::Phi3Small => None,
             },
         })
     }
@@ -147,6 +151,18 @@ impl Hyperparameters {
     /// As [`Hyperparameters::read`].
     pub fn config(&self, container: &Container) -> Result<Json> {
         let keys = Keys::new(container, self.architecture);
+        if self.architecture == Architecture::Phi3Small {
+            let mut config = small::config(&keys)?;
+            config.insert("torch_dtype".to_owned(), dtype(container).into());
+            config.insert(
+                "vocab_size".to_owned(),
+                vocab_size(container, &keys)?.into(),
+            );
+            let tied = container.tensor(OUTPUT).is_none();
+            config.insert("tie_word_embeddings".to_owned(), tied.into());
+            insert_token_ids(container, &mut config)?;
+            return Ok(config.into());
+        }
         let rope_scaling = self.rope_scaling(container, &keys)?;
         let original = match keys.optional("rope.scaling.original_context_length")? {
             Some(original) => original,
@@ -192,15 +208,7 @@ impl Hyperparameters {
             if self.head_dim.checked_mul(self.heads) != Some(self.hidden) {
                 config.insert("head_dim".to_owned(), self.head_dim.into());
             }
-            for (name, key) in [
-                ("bos_token_id", "bos_token_id"),
-                ("eos_token_id", "eos_token_id"),
-                ("pad_token_id", "padding_token_id"),
-            ] {
-                if let Some(id) = token_id(container, key)? {
-                    config.insert(name.to_owned(), id.into());
-                }
-            }
+            insert_token_ids(container, config)?;
         }
         Ok(config)
     }
@@ -290,6 +298,20 @@ impl Hyperparameters {
                 .to_owned(),
         })
     }
+}
+
+/// The ids that a config.json names too.
+fn insert_token_ids(container: &Container, config: &mut Map<String, Json>) -> Result<()> {
+    for (name, key) in [
+        ("bos_token_id", "bos_token_id"),
+        ("eos_token_id", "eos_token_id"),
+        ("pad_token_id", "padding_token_id"),
+    ] {
+        if let Some(id) = token_id(container, key)? {
+            config.insert(name.to_owned(), id.into());
+        }
+    }
+    Ok(())
 }
 
 /// `generation_config.json`: every token that ends generation, and bos and pad.

@@ -26,7 +26,7 @@ impl<'a> Keys<'a> {
         format!("{}.{name}", self.architecture.name())
     }
 
-    fn get(&self, name: &str) -> Option<&'a Value> {
+    pub fn get(&self, name: &str) -> Option<&'a Value> {
         self.container.get(&self.key(name))
     }
 

@@ -14,9 +14,11 @@ pub(crate) mod int4;
 mod keys;
 mod merges;
 mod moe;
+mod name_tables;
 mod names;
 mod pre_tokenizer;
 pub mod random;
+mod small;
 mod tokenizer;
 mod types;
 mod unfinished;
@@ -149,7 +151,7 @@ impl GgufFile {
         self.container.tensors().iter().map(summary).collect()
     }
 
-    /// The model as a `config.json` of `model_type` `phi3`, or of `phimoe`.
+    /// The model as a `config.json` of `model_type` `phi3`, `phimoe` or `phi3small`.
     ///
     /// # Errors
     /// An unsupported architecture, a missing or contradictory key, or one that asks for something

@@ -11,11 +11,14 @@
 //!
 //! Architecture `phimoe` has q, k and v apart as the hub has them, with biases, and all experts of a
 //! layer in one tensor `[experts, rows, columns]`, of which each becomes a tensor of the hub.
+//!
+//! Architecture `phi3small` has every tensor as the checkpoint has it.
 
 use std::collections::BTreeMap;
 
 use super::container::{Container, TensorInfo};
 use super::error::{Error, Result};
+use super::name_tables::{EXPERT, EXPERTS, LAYER, global, layer_with_biases};
 
 /// The architectures whose layers are Phi-3 layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,14 +31,17 @@ pub enum Architecture {
     Llama,
     /// Phi-3.5-MoE.
     Phimoe,
+    /// Phi-3-small, in a form of this project's own.
+    Phi3Small,
 }
 
 impl Architecture {
     /// All that are supported.
-    pub const ALL: [Architecture; 3] = [
+    pub const ALL: [Architecture; 4] = [
         Architecture::Phi3,
         Architecture::Llama,
         Architecture::Phimoe,
+        Architecture::Phi3Small,
     ];
 
     /// The value of `general.architecture`, and the prefix of the model's metadata keys.
@@ -44,6 +50,7 @@ impl Architecture {
             Architecture::Phi3 => "phi3",
             Architecture::Llama => "llama",
             Architecture::Phimoe => "phimoe",
+            Architecture::Phi3Small => "phi3small",
         }
     }
 
@@ -104,25 +111,21 @@ pub fn gguf_name(hf: &str) -> Option<String> {
 /// of the other experts; `None` for a name that the architecture does not have. The inverse of
 /// [`hf_name_in`] for files in the converter's spelling.
 pub fn gguf_name_in(architecture: Architecture, hf: &str) -> Option<String> {
-    let is_moe = architecture == Architecture::Phimoe;
-    let biases = if is_moe {
-        GLOBAL_BIASES.as_slice()
-    } else {
-        &[]
-    };
-    if let Some((gguf, _)) = GLOBAL.iter().chain(biases).find(|(_, known)| *known == hf) {
+    if let Some((gguf, _)) = global(architecture).iter().find(|(_, known)| *known == hf) {
         return Some((*gguf).to_owned());
     }
     let (layer, name) = hf.strip_prefix("model.layers.")?.split_once('.')?;
     let layer: usize = layer.parse().ok()?;
-    if is_moe {
-        if let Some((idx, matrix)) = name.strip_prefix(EXPERTS).and_then(|n| n.split_once('.')) {
-            idx.parse::<usize>().ok()?;
-            let (gguf, _) = EXPERT.iter().find(|(_, known)| *known == matrix)?;
-            return Some(format!("blk.{layer}.{gguf}"));
-        }
+    if architecture == Architecture::Phimoe
+        && let Some((idx, matrix)) = name.strip_prefix(EXPERTS).and_then(|n| n.split_once('.'))
+    {
+        idx.parse::<usize>().ok()?;
+        let (gguf, _) = EXPERT.iter().find(|(_, known)| *known == matrix)?;
+        return Some(format!("blk.{layer}.{gguf}"));
+    }
+    if let Some(table) = layer_with_biases(architecture) {
         let (name, kind) = name.rsplit_once('.')?;
-        let (gguf, _, has_bias) = MOE_LAYER.iter().find(|(_, known, _)| *known == name)?;
+        let (gguf, _, has_bias) = table.iter().find(|(_, known, _)| *known == name)?;
         let known = kind == "weight" || kind == "bias" && *has_bias;
         return known.then(|| format!("blk.{layer}.{gguf}.{kind}"));
     }
@@ -323,7 +326,7 @@ fn incomplete_error(found: &[Section], sections: &BTreeMap<Section, &TensorInfo>
 
 /// Rows of a fused tensor, in the order in which they are stacked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Section {
+pub(super) enum Section {
     Qkv,
     Q,
     K,
@@ -380,63 +383,16 @@ pub(super) const ROPE_FACTORS_LONG: &str = "rope_factors_long.weight";
 pub(super) const ROPE_FACTORS_SHORT: &str = "rope_factors_short.weight";
 pub(super) const ROPE_FREQUENCIES: &str = "rope_freqs.weight";
 
-const GLOBAL: [(&str, &str); 3] = [
-    (TOKEN_EMBEDDING, "model.embed_tokens.weight"),
-    ("output_norm.weight", "model.norm.weight"),
-    (OUTPUT, "lm_head.weight"),
-];
-
-/// After `blk.N.` in the file, and after `model.layers.N.`.
-const LAYER: [(&str, &str, Option<Section>); 10] = [
-    ("attn_norm.weight", "input_layernorm.weight", None),
-    ("ffn_norm.weight", "post_attention_layernorm.weight", None),
-    ("attn_output.weight", "self_attn.o_proj.weight", None),
-    ("ffn_down.weight", "mlp.down_proj.weight", None),
-    ("attn_qkv.weight", QKV, Some(Section::Qkv)),
-    ("attn_q.weight", QKV, Some(Section::Q)),
-    ("attn_k.weight", QKV, Some(Section::K)),
-    ("attn_v.weight", QKV, Some(Section::V)),
-    ("ffn_gate.weight", GATE_UP, Some(Section::Gate)),
-    ("ffn_up.weight", GATE_UP, Some(Section::Up)),
-];
-/// What `phimoe` has besides [`GLOBAL`].
-const GLOBAL_BIASES: [(&str, &str); 2] = [
-    ("output_norm.bias", "model.norm.bias"),
-    ("output.bias", "lm_head.bias"),
-];
-
-/// The layer of `phimoe`, without `.weight` and `.bias`, and whether there may be a bias.
-const MOE_LAYER: [(&str, &str, bool); 7] = [
-    ("attn_norm", "input_layernorm", true),
-    ("ffn_norm", "post_attention_layernorm", true),
-    ("attn_q", "self_attn.q_proj", true),
-    ("attn_k", "self_attn.k_proj", true),
-    ("attn_v", "self_attn.v_proj", true),
-    ("attn_output", "self_attn.o_proj", true),
-    ("ffn_gate_inp", "block_sparse_moe.gate", false),
-];
-const EXPERTS: &str = "block_sparse_moe.experts.";
-const EXPERT: [(&str, &str); 3] = [
-    ("ffn_gate_exps.weight", "w1.weight"),
-    ("ffn_down_exps.weight", "w2.weight"),
-    ("ffn_up_exps.weight", "w3.weight"),
-];
-const QKV: &str = "self_attn.qkv_proj.weight";
-const GATE_UP: &str = "mlp.gate_up_proj.weight";
-
 fn role(architecture: Architecture, name: &str) -> Role {
-    if architecture == Architecture::Phimoe
-        && let Some(role) = moe_role(name)
-    {
-        return role;
-    }
-    if let Some((_, hf)) = GLOBAL.iter().find(|(gguf, _)| *gguf == name) {
+    if let Some((_, hf)) = global(architecture).iter().find(|(gguf, _)| *gguf == name) {
         return Role::Whole((*hf).to_owned());
     }
     if let Some((layer, name)) = split_layer(name) {
-        if architecture != Architecture::Phimoe
-            && let Some((_, hf, section)) = LAYER.iter().find(|(gguf, ..)| *gguf == name)
-        {
+        if let Some(table) = layer_with_biases(architecture) {
+            if let Some(role) = role_with_biases(architecture, table, layer, name) {
+                return role;
+            }
+        } else if let Some((_, hf, section)) = LAYER.iter().find(|(gguf, ..)| *gguf == name) {
             let hf = format!("model.layers.{layer}.{hf}");
             return match section {
                 Some(section) => Role::Rows(hf, *section),
@@ -469,20 +425,21 @@ fn role(architecture: Architecture, name: &str) -> Role {
     }
 }
 
-/// What `phimoe` has in other places than `phi3`.
-fn moe_role(name: &str) -> Option<Role> {
-    if let Some((_, hf)) = GLOBAL_BIASES.iter().find(|(gguf, _)| *gguf == name) {
-        return Some(Role::Whole((*hf).to_owned()));
-    }
-    let (layer, name) = split_layer(name)?;
-    if let Some((_, matrix)) = EXPERT.iter().find(|(gguf, _)| *gguf == name) {
-        return Some(Role::Experts(
-            format!("model.layers.{layer}.{EXPERTS}"),
-            matrix,
-        ));
+/// A tensor of a layer that has biases.
+fn role_with_biases(
+    architecture: Architecture,
+    table: &[(&str, &str, bool)],
+    layer: usize,
+    name: &str,
+) -> Option<Role> {
+    if architecture == Architecture::Phimoe
+        && let Some((_, matrix)) = EXPERT.iter().find(|(gguf, _)| *gguf == name)
+    {
+        let prefix = format!("model.layers.{layer}.{EXPERTS}");
+        return Some(Role::Experts(prefix, matrix));
     }
     let (name, kind) = name.rsplit_once('.')?;
-    let (_, hf, has_bias) = MOE_LAYER.iter().find(|(gguf, ..)| *gguf == name)?;
+    let (_, hf, has_bias) = table.iter().find(|(gguf, ..)| *gguf == name)?;
     let known = kind == "weight" || kind == "bias" && *has_bias;
     known.then(|| Role::Whole(format!("model.layers.{layer}.{hf}.{kind}")))
 }

@@ -7,6 +7,7 @@
 
 mod blocks;
 mod shapes;
+mod small;
 mod vocabulary;
 
 use std::path::{Path, PathBuf};
@@ -227,6 +228,34 @@ impl RandomModel {
                 out.set(key, value);
             }
         }
+        match shape.block_sparse {
+            true => self.set_small(),
+            false => self.set_sizes(),
+        }
+        let out = &mut self.writer;
+        let vocabulary = vocabulary::Vocabulary::new(shape.vocab);
+        out.set("tokenizer.ggml.model", "llama");
+        out.set("tokenizer.ggml.pre", "default");
+        let tokens: Array = vocabulary.tokens.iter().map(String::as_str).collect();
+        out.set("tokenizer.ggml.tokens", tokens);
+        out.set("tokenizer.ggml.scores", Array::F32(vocabulary.scores));
+        out.set("tokenizer.ggml.token_type", Array::I32(vocabulary.types));
+        for (key, id) in [
+            ("bos", 1),
+            ("eos", vocabulary.end),
+            ("unknown", 0),
+            ("padding", vocabulary.end),
+        ] {
+            out.set(format!("tokenizer.ggml.{key}_token_id"), Value::U32(id));
+        }
+        out.set("tokenizer.ggml.add_bos_token", false);
+        out.set("tokenizer.ggml.add_eos_token", false);
+    }
+
+    fn set_sizes(&mut self) {
+        let shape = self.shape;
+        let prefix = shape.architecture().name();
+        let out = &mut self.writer;
         for (key, number) in [
             ("context_length", shape.context),
             ("rope.scaling.original_context_length", shape.trained),
@@ -256,23 +285,6 @@ impl RandomModel {
         if let Some(factor) = shape.attention_factor() {
             out.set(format!("{prefix}.rope.scaling.attn_factor"), factor);
         }
-        let vocabulary = vocabulary::Vocabulary::new(shape.vocab);
-        out.set("tokenizer.ggml.model", "llama");
-        out.set("tokenizer.ggml.pre", "default");
-        let tokens: Array = vocabulary.tokens.iter().map(String::as_str).collect();
-        out.set("tokenizer.ggml.tokens", tokens);
-        out.set("tokenizer.ggml.scores", Array::F32(vocabulary.scores));
-        out.set("tokenizer.ggml.token_type", Array::I32(vocabulary.types));
-        for (key, id) in [
-            ("bos", 1),
-            ("eos", vocabulary.end),
-            ("unknown", 0),
-            ("padding", vocabulary.end),
-        ] {
-            out.set(format!("tokenizer.ggml.{key}_token_id"), Value::U32(id));
-        }
-        out.set("tokenizer.ggml.add_bos_token", false);
-        out.set("tokenizer.ggml.add_eos_token", false);
     }
 
     fn add_tensors(&mut self) -> Result<(), Error> {
@@ -281,7 +293,7 @@ impl RandomModel {
         let heads = shape.hidden / shape.heads;
         let qkv = (shape.heads + 2 * shape.kv_heads) * heads;
         self.add("model.embed_tokens.weight", &[vocab, hidden], None)?;
-        if shape.attention_factor().is_some() {
+        if shape.attention_factor().is_some() && !shape.block_sparse {
             let factors = [shape.rotary_dim / 2];
             for name in [ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT] {
                 self.writer.add_tensor(name, &factors, BlockType::F32)?;
@@ -290,6 +302,10 @@ impl RandomModel {
         for layer in 0..self.layers {
             if shape.experts > 0 {
                 self.add_moe_layer(layer)?;
+                continue;
+            }
+            if shape.block_sparse {
+                self.add_small_layer(layer)?;
                 continue;
             }
             let tensors: [(&str, &[usize]); 6] = [
@@ -305,7 +321,13 @@ impl RandomModel {
                 self.add(&name, extents, Some(layer))?;
             }
         }
-        self.add("model.norm.weight", &[hidden], None)?;
+        if shape.block_sparse {
+            for kind in ["weight", "bias"] {
+                self.add(&format!("model.final_layernorm.{kind}"), &[hidden], None)?;
+            }
+        } else {
+            self.add("model.norm.weight", &[hidden], None)?;
+        }
         if shape.experts > 0 {
             self.add("model.norm.bias", &[hidden], None)?;
             self.add("lm_head.bias", &[vocab], None)?;

@@ -54,7 +54,7 @@ pub struct Summary {
 pub type OnProgress<'a> = dyn FnMut(&PlannedTensor, u64, u64) -> ControlFlow<()> + 'a;
 
 /// Writes `checkpoint` as a GGUF file of architecture `phi3` or `phimoe`, as llama.cpp's converter and quantizer
-/// would. The file appears under `path` when it is complete; until then, and after an error, what
+/// would, or of `phi3small`, which is this project's own. The file appears under `path` when it is complete; until then, and after an error, what
 /// was there stays. Besides the mapped checkpoint a few megabytes are in memory.
 ///
 /// # Errors
@@ -164,7 +164,7 @@ pub struct QuantizedSource {
 }
 
 impl QuantizedSource {
-    /// The weights of `checkpoint`, a model of `model_type` phi3 or phimoe.
+    /// The weights of `checkpoint`, a model of `model_type` phi3, phi3small or phimoe.
     ///
     /// # Errors
     /// [`Error`] for a model that [`write_gguf`] would refuse.

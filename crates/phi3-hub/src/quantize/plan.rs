@@ -72,10 +72,13 @@ impl Plan {
         let layers = layers
             .and_then(|layers| usize::try_from(layers).ok())
             .ok_or_else(|| Error::Config("num_hidden_layers is no number".to_owned()))?;
-        let tied = config.get("tie_word_embeddings").and_then(Json::as_bool) == Some(true);
+        let tied = config.get("tie_word_embeddings").and_then(Json::as_bool);
+        // The default of its config class; those of the others are untied.
+        let tied = tied.unwrap_or(architecture == Architecture::Phi3Small);
         let names: BTreeSet<String> = source.names().into_iter().collect();
         let wanted = match architecture {
             Architecture::Phimoe => expected_moe(layers, config, &names, source)?,
+            Architecture::Phi3Small => expected_small(layers, tied, &names, source)?,
             Architecture::Phi3 | Architecture::Llama => expected(layers, tied, &names, source)?,
         };
         let ignored =
@@ -235,6 +238,47 @@ fn expected_moe(
     }
     both(&mut want, "model.norm", true)?;
     both(&mut want, "lm_head", flag("lm_head_bias"))?;
+    Ok(wanted)
+}
+
+/// [`expected`] of Phi-3-small.
+fn expected_small(
+    layers: usize,
+    tied: bool,
+    names: &BTreeSet<String>,
+    source: &dyn TensorSource,
+) -> Result<Vec<String>> {
+    const LAYER: [&str; 6] = [
+        "input_layernorm",
+        "self_attn.query_key_value",
+        "self_attn.dense",
+        "post_attention_layernorm",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+    let mut wanted = Vec::new();
+    let mut want = |name: String| {
+        if names.contains(&name) {
+            wanted.push(name);
+            return Ok(());
+        }
+        Err(Error::MissingTensor {
+            tensor: name,
+            origin: source.origin(),
+        })
+    };
+    want("model.embed_tokens.weight".to_owned())?;
+    for layer in 0..layers {
+        for name in LAYER {
+            want(format!("model.layers.{layer}.{name}.weight"))?;
+            want(format!("model.layers.{layer}.{name}.bias"))?;
+        }
+    }
+    want("model.final_layernorm.weight".to_owned())?;
+    want("model.final_layernorm.bias".to_owned())?;
+    if !tied {
+        want("lm_head.weight".to_owned())?;
+    }
     Ok(wanted)
 }
 

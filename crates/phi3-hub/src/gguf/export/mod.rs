@@ -7,9 +7,9 @@ use phi3_nn::rope::{LongRope, RopeKind, RopeScalingConfig};
 use serde::Deserialize;
 use serde_json::Value as Json;
 
-use super::moe;
 use super::names::{Architecture, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT};
 use super::value::Value;
+use super::{moe, small};
 
 pub(crate) use tokenizer::tokenizer;
 
@@ -61,20 +61,30 @@ pub(crate) fn architecture(config: &Json) -> Result<Architecture, String> {
     match config.get("model_type").and_then(Json::as_str) {
         Some("phi3") => Ok(Architecture::Phi3),
         Some("phimoe") => Ok(Architecture::Phimoe),
+        Some("phi3small") => Ok(Architecture::Phi3Small),
         other => Err(format!(
-            "model_type {:?} cannot be quantized, only \"phi3\" and \"phimoe\"",
+            "model_type {:?} cannot be quantized, only \"phi3\", \"phi3small\" and \"phimoe\"",
             other.unwrap_or("(none)")
         )),
     }
 }
 
-/// The metadata of a model of `model_type` phi3 or phimoe whose weights are stored as `file_type` says.
+/// The metadata of a model of `model_type` phi3, phi3small or phimoe whose weights are stored as `file_type` says.
 ///
 /// # Errors
 /// What is wrong with the config.
 pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadata, String> {
     let architecture = architecture(config).unwrap_or(Architecture::Phi3);
     let prefix = architecture.name();
+    let general = general(prefix, name, file_type);
+    if architecture == Architecture::Phi3Small {
+        let own = small::values(config)?.into_iter();
+        let own = own.map(|(key, value)| (format!("{prefix}.{key}"), value));
+        return Ok(Metadata {
+            values: general.into_iter().chain(own).collect(),
+            rope_factors: Vec::new(),
+        });
+    }
     let raw = Config::deserialize(config).map_err(|error| error.to_string())?;
     let heads = raw.num_attention_heads;
     let head_dim = match raw.head_dim {
@@ -118,18 +128,7 @@ pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadat
         |rope| u32::try_from(rope.original_max_position_embeddings).unwrap_or(u32::MAX),
     );
 
-    let mut values: Vec<(String, Value)> = vec![
-        ("general.architecture".to_owned(), prefix.into()),
-        ("general.type".to_owned(), "model".into()),
-    ];
-    if !name.is_empty() {
-        values.push(("general.name".to_owned(), name.into()));
-    }
-    values.push(("general.file_type".to_owned(), file_type.into()));
-    values.push((
-        "general.quantization_version".to_owned(),
-        QUANTIZATION_VERSION.into(),
-    ));
+    let mut values = general;
     let mut set = |key: &str, value: Value| values.push((format!("{prefix}.{key}"), value));
     for (key, number) in [
         ("context_length", raw.max_position_embeddings),
@@ -186,6 +185,23 @@ pub(crate) fn model(config: &Json, name: &str, file_type: u32) -> Result<Metadat
         values,
         rope_factors,
     })
+}
+
+/// What every file says of itself.
+fn general(architecture: &str, name: &str, file_type: u32) -> Vec<(String, Value)> {
+    let mut values: Vec<(String, Value)> = vec![
+        ("general.architecture".to_owned(), architecture.into()),
+        ("general.type".to_owned(), "model".into()),
+    ];
+    if !name.is_empty() {
+        values.push(("general.name".to_owned(), name.into()));
+    }
+    values.push(("general.file_type".to_owned(), file_type.into()));
+    values.push((
+        "general.quantization_version".to_owned(),
+        QUANTIZATION_VERSION.into(),
+    ));
+    values
 }
 
 fn longrope(

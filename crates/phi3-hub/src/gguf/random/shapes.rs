@@ -4,7 +4,8 @@ use super::Error;
 use crate::gguf::moe::PUBLISHED_MSCALE;
 use crate::gguf::names::Architecture;
 
-/// Sizes of a model of architecture `phi3`, or of `phimoe` where there are experts.
+/// Sizes of a model of architecture `phi3`, of `phimoe` where there are experts, or of `phi3small`
+/// where layers are block-sparse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// What it is called: a folder under `models/`, or a size or context of such a model.
@@ -33,6 +34,8 @@ pub struct Shape {
     pub tied: bool,
     /// Experts of a layer, of which a token takes two; 0 for one feed-forward block.
     pub experts: usize,
+    /// Whether it is a Phi-3-small: every other layer block-sparse, all with biases.
+    pub block_sparse: bool,
 }
 
 /// Phi-3-mini with 128k tokens of context: the weights have the shape of the 4k one's.
@@ -50,6 +53,7 @@ const PHI_3_MINI: Shape = Shape {
     window: 0,
     tied: false,
     experts: 0,
+    block_sparse: false,
 };
 
 /// Phi-3-medium with 128k tokens of context.
@@ -64,10 +68,24 @@ const PHI_3_MEDIUM: Shape = Shape {
     ..PHI_3_MINI
 };
 
-/// All shapes, from config.json of the checkpoints. Where a checkpoint exists with 4k and 128k
-/// tokens of context, the plain name means the latter, whose attention sees every key; `-4k` has
-/// the window of 2047.
-pub const SHAPES: [Shape; 9] = [
+/// Phi-3-small with 128k tokens of context.
+const PHI_3_SMALL: Shape = Shape {
+    name: "phi-3-small",
+    hidden: 4096,
+    intermediate: 14336,
+    kv_heads: 8,
+    rotary_dim: 128,
+    vocab: 100_352,
+    trained: 8192,
+    tied: true,
+    block_sparse: true,
+    ..PHI_3_MINI
+};
+
+/// All shapes, from config.json of the checkpoints. Where a checkpoint exists with 4k or 8k and
+/// with 128k tokens of context, the plain name means the latter; `-4k` has a window of 2047, where the
+/// plain one sees every key.
+pub const SHAPES: [Shape; 12] = [
     PHI_3_MINI,
     Shape {
         name: "phi-3-mini-4k",
@@ -94,6 +112,12 @@ pub const SHAPES: [Shape; 9] = [
         tied: true,
         ..PHI_3_MINI
     },
+    PHI_3_SMALL,
+    Shape {
+        name: "phi-3-small-8k",
+        context: 8192,
+        ..PHI_3_SMALL
+    },
     Shape {
         name: "phi-3-5-moe",
         hidden: 4096,
@@ -118,6 +142,20 @@ pub const SHAPES: [Shape; 9] = [
         window: 0,
         tied: false,
         experts: 0,
+        block_sparse: false,
+    },
+    Shape {
+        name: "tiny-small",
+        hidden: 256,
+        intermediate: 256,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        rotary_dim: 64,
+        vocab: 512,
+        context: 8192,
+        trained: 2048,
+        ..PHI_3_SMALL
     },
     Shape {
         name: "tiny-moe",
@@ -138,6 +176,7 @@ pub const SHAPES: [Shape; 9] = [
 impl Shape {
     pub(super) fn architecture(&self) -> Architecture {
         match self.experts {
+            0 if self.block_sparse => Architecture::Phi3Small,
             0 => Architecture::Phi3,
             _ => Architecture::Phimoe,
         }

@@ -72,6 +72,7 @@ fn real_shapes_have_their_sizes() {
         ("phi-3.5-mini", "BF16", 7.64),
         ("phi-3-medium", "f16", 27.92),
         ("phi-4-mini", "F16", 7.67),
+        ("phi-3-small", "BF16", 14.78),
         ("phi-3.5-moe", "Q4_0", 23.60),
         ("phi-3.5-moe", "BF16", 83.75),
         // The report's 1.8 GB.
@@ -102,6 +103,37 @@ fn a_mixture_of_experts_is_made_too() {
     assert_eq!(weights.tensor(expert).unwrap().unwrap().shape(), [256, 256]);
     let gate = weights.tensor("model.layers.0.block_sparse_moe.gate.weight");
     assert_eq!(gate.unwrap().unwrap().parts()[0].block_type, BlockType::F32);
+}
+
+#[test]
+fn a_phi_3_small_is_made_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    let model = RandomModel::new("tiny-small", "Q4_K_M".parse().unwrap(), None, 7).unwrap();
+    model.write(&path, |_| ()).unwrap();
+    assert!(model.is_at(&path));
+    let file = GgufFile::open(&path).unwrap();
+    assert_eq!(file.architecture().unwrap(), "phi3small");
+    let config = file.config().unwrap();
+    assert_eq!(config["model_type"], "phi3small");
+    assert_eq!(config["blocksparse_num_local_blocks"], 16);
+    assert_eq!(config["tie_word_embeddings"], true);
+    let rope = &config["rope_scaling"];
+    assert_eq!(rope["original_max_position_embeddings"], 2048);
+    assert_eq!(rope["long_factor"].as_array().unwrap().len(), 32);
+    let weights = file.weights().unwrap();
+    let qkv = "model.layers.1.self_attn.query_key_value";
+    for (name, shape) in [
+        (format!("{qkv}.weight"), &[512, 256][..]),
+        (format!("{qkv}.bias"), &[512]),
+        ("model.final_layernorm.bias".to_owned(), &[256]),
+    ] {
+        assert_eq!(weights.tensor(&name).unwrap().unwrap().shape(), shape);
+    }
+    // Without the growth of the context there is no scaling.
+    let model = RandomModel::new("phi-3-small-8k", model.mix(), Some(1), 0).unwrap();
+    let mut metadata = model.writer.metadata().iter();
+    assert!(metadata.all(|(key, _)| !key.contains("rope.scaling")));
 }
 
 #[test]
