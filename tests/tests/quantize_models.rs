@@ -46,6 +46,9 @@ fn loading_quantized_is_loading_the_file() -> Result<()> {
         "phi4-mini",
         "phi3.5-moe",
         "phi3.5-moe-jitter",
+        "phi3-small-8step",
+        "phi3-small-homo",
+        "phi3-small-128k",
     ] {
         let source = fixtures().join(name);
         for mix in ["F32", "Q8_0", "Q4_K_M", "Q2_K"] {

@@ -14,7 +14,8 @@ use crate::output::{UsageError, note};
 #[derive(clap::Args)]
 pub struct RandomArgs {
     /// Make a model of this shape with random weights, and measure it: phi-3-mini, phi-3-medium,
-    /// phi-3.5-mini, phi-4-mini, phi-3.5-moe, and phi-3-mini-4k and phi-3-medium-4k with a window of 2047.
+    /// phi-3.5-mini, phi-4-mini, phi-3-small, phi-3.5-moe, and phi-3-mini-4k and phi-3-medium-4k with a
+    /// window of 2047 and phi-3-small-8k.
     #[arg(long, value_name = "SHAPE")]
     pub random: Option<String>,
     /// Type of the weights, as in `phi3 quantize`.

@@ -346,6 +346,29 @@ fn every_golden_of_the_fixtures_packed() -> Result<()> {
         .try_for_each(|kit| kit.check_packed(folder.path()))
 }
 
+/// The kit through a GGUF file of f32 that `phi3 quantize` wrote.
+fn check_gguf(mut kit: Kit, folder: &Path) -> Result<()> {
+    let path = folder.join("model.gguf");
+    let args = ["quantize", &arg(&kit.model), &arg(&path), "--type", "F32"];
+    run(args.iter().chain(&["--force"]))?.says(DONE, &[])?;
+    kit.model = path;
+    kit.check_alone(folder)?;
+    kit.check_packed(folder)
+}
+
+#[test]
+fn every_golden_of_phi_3_small_from_gguf() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for name in FIXTURES
+        .iter()
+        .filter(|name| name.starts_with("phi3-small"))
+    {
+        let kit = Kit::open(&fixture(name), &fixture(name))?;
+        check_gguf(kit, folder.path()).with_context(|| (*name).to_owned())?;
+    }
+    Ok(())
+}
+
 #[test]
 fn left_padded_goldens_as_packed_sequences() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -394,6 +417,11 @@ fn every_golden_of_the_full_kit() -> Result<()> {
         kit.check_alone(folder.path())?;
         kit.check_packed(folder.path())?;
         kit.check_left_padded(folder.path())?;
+    }
+    for kit in kits {
+        if kit.model.to_string_lossy().contains("phi3-small") {
+            check_gguf(kit, folder.path())?;
+        }
     }
     Ok(())
 }

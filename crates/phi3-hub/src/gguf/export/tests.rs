@@ -66,6 +66,49 @@ fn the_phi3_vocabulary_comes_back() {
     }
 }
 
+/// From the ranks through a file, with the ids of tiktoken, which its goldens are.
+#[test]
+fn phi_3_smalls_vocabulary_comes_back() {
+    let template =
+        "{{ bos_token }}{% for message in messages %}{{ message.content }}<|end|>{% endfor %}";
+    let files = TokenizerFiles {
+        tokenizer_config: Some(json!({
+            "bos_token": "<|endoftext|>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+        })),
+        ..TokenizerFiles::default()
+    };
+    let config = json!({"model_type": "phi3small", "vocab_size": 100_352});
+    let mut checkpoint = checkpoint(config, files);
+    checkpoint.chat_template = ChatTemplateSource::from_json(&template.into(), "").unwrap();
+    let written = file(tokenizer(&checkpoint).unwrap());
+    assert_eq!(written.chat_template().unwrap(), Some(template.into()));
+    // The end of a turn is not the end of a text.
+    let generation = written.generation_config().unwrap();
+    assert_eq!(generation["eos_token_id"], json!([100_257, 100_266]));
+    assert_eq!(generation["bos_token_id"], 100_257);
+
+    let back = written.tokenizer().unwrap().tokenizer_json.unwrap();
+    let back = tokenizers::Tokenizer::from_bytes(back).unwrap();
+    let golden = std::fs::read(fixture("tokenizers/phi3-small.json")).unwrap();
+    let golden: Json = serde_json::from_slice(&golden).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 300);
+    for case in cases {
+        let text = case["text"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(back.encode(text, true).unwrap().get_ids(), ids, "{text:?}");
+        for (skip, key) in [(false, "decoded"), (true, "decoded_skip_special")] {
+            let decoded = back.decode(&ids, skip).unwrap();
+            assert_eq!(decoded, case[key].as_str().unwrap(), "{text:?}, {key}");
+        }
+    }
+    for (token, id) in golden["special_tokens"].as_object().unwrap() {
+        assert_eq!(json!(back.token_to_id(token)), *id, "{token}");
+    }
+}
+
 fn bpe(byte_fallback: bool, pre_tokenizer: Json) -> Json {
     json!({
         "added_tokens": [{"id": 4, "content": "<|end|>", "special": true}],
