@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::layer_cache::LayerCache;
 use crate::packed::{Packed, Sequence};
-use crate::sparse_attention::attend_block_sparse;
+use crate::sparse_attention::{attend_block_sparse, attend_gathered};
 
 /// Which keys a query sees. A query at position i always sees itself and never what comes after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +116,13 @@ pub fn attention(
             };
             let k_start = cache.first();
             let (k, v) = cache.append(q_start, &k, &v)?;
-            attend_with_candle(&q, k, v, q_start, k_start, params)?
+            match params.pattern {
+                // On the CPU the mask stays: the oracle of everything else.
+                AttentionPattern::BlockSparse(layout) if !q.device().is_cpu() => {
+                    attend_gathered(&q, k, v, q_start, params.scale, layout)?
+                }
+                _ => attend_with_candle(&q, k, v, q_start, k_start, params)?,
+            }
         });
     }
     match outputs.as_slice() {
@@ -191,7 +197,7 @@ fn attend_with_kernels(
 
 /// One sequence in candle operations: q `[l, h, d]`, k and v `[k, s, d]` to `[l, h*d]`. Any device,
 /// differentiable; the oracle of the kernels.
-fn attend_with_candle(
+pub(crate) fn attend_with_candle(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,

@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use phi3_kernels::{AttentionJob, AttentionShape, BlockSparseLayout, KvPage, KvPages};
 
 use crate::attention::AttentionParams;
@@ -76,6 +76,75 @@ pub(crate) fn attend_block_sparse(
     Ok(Tensor::from_vec(out, (rows, width), &Device::Cpu)?)
 }
 
+/// The same in candle operations, for a GPU: q `[l, h, d]` from position `q_start` on, k and v
+/// `[k, s, d]` from 0 on, to `[l, h*d]`. For each block of queries the blocks that its heads see are
+/// gathered, as many for each head as the one that sees most.
+pub(crate) fn attend_gathered(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    q_start: usize,
+    scale: f32,
+    layout: BlockSparseLayout,
+) -> Result<Tensor> {
+    let (len, num_heads, d) = q.dims3()?;
+    let (num_kv_heads, num_keys, _) = k.dims3()?;
+    let (size, group) = (layout.block_size(), num_heads / num_kv_heads);
+    let num_blocks = num_keys.div_ceil(size);
+    let blocks = |rows: &Tensor| -> Result<Tensor> {
+        let padded = rows.pad_with_zeros(1, 0, num_blocks * size - num_keys)?;
+        let padded = padded.to_dtype(q.dtype())?.contiguous()?;
+        Ok(padded.reshape((num_kv_heads * num_blocks, size * d))?)
+    };
+    let (k, v) = (blocks(k)?, blocks(v)?); // [k*blocks, size*d]
+    let mut outputs = Vec::new();
+    let mut row = 0;
+    while row < len {
+        let (block, offset) = ((q_start + row) / size, (q_start + row) % size);
+        let rows = (size - offset).min(len - row);
+        let seen: Vec<Vec<usize>> = (0..num_heads)
+            .map(|head| visible(layout, head, block).collect())
+            .collect();
+        let most = seen.iter().map(Vec::len).max().unwrap_or(0);
+        let (mut index, mut mask) = (Vec::new(), Vec::new());
+        for (head, seen) in seen.iter().enumerate() {
+            let slots = (0..most).map(|slot| seen.get(slot).copied());
+            let of_head = (head / group) * num_blocks;
+            // What fills a head up is masked.
+            index.extend(
+                slots
+                    .clone()
+                    .map(|slot| (of_head + slot.unwrap_or(block)) as u32),
+            );
+            for position in q_start + row..q_start + row + rows {
+                for slot in slots.clone() {
+                    mask.extend((0..size).map(|j| match slot {
+                        Some(slot) if slot * size + j <= position => 0f32,
+                        _ => f32::NEG_INFINITY,
+                    }));
+                }
+            }
+        }
+        let index = Tensor::from_vec(index, num_heads * most, q.device())?;
+        let gathered = |blocks: &Tensor| -> Result<Tensor> {
+            let blocks = blocks.index_select(&index, 0)?;
+            Ok(blocks.reshape((num_heads, most * size, d))?)
+        };
+        let q = q.narrow(0, row, rows)?.transpose(0, 1)?.contiguous()?; // [h, rows, d]
+        let scores = q.matmul(&gathered(&k)?.transpose(1, 2)?.contiguous()?)?;
+        let mask = Tensor::from_vec(mask, scores.shape(), q.device())?;
+        let scores = ((scores.to_dtype(DType::F32)? * f64::from(scale))? + mask)?;
+        let weights = candle_nn::ops::softmax(&scores, 2)?.to_dtype(q.dtype())?;
+        let out = weights
+            .matmul(&gathered(&v)?)?
+            .transpose(0, 1)?
+            .contiguous()?; // [rows, h, d]
+        outputs.push(out.reshape((rows, num_heads * d))?);
+        row += rows;
+    }
+    Ok(Tensor::cat(&outputs, 0)?)
+}
+
 /// Queries that follow one another, and where their results go: `[l, h, d]` each.
 struct SparseQueries<'a> {
     q: &'a [f32],
@@ -128,9 +197,7 @@ fn tiles(queries: &SparseQueries<'_>, layout: BlockSparseLayout) -> Vec<Tile> {
         let rows = row..row + (block_size - offset).min(len - row);
         for head in 0..queries.num_heads {
             let entry = |block: usize| block * queries.num_kv_heads + head / group;
-            let first_local = layout.first_local(block);
-            let far = (layout.first_vertical(head)..first_local).step_by(layout.vert_stride());
-            let entries: Vec<_> = far.chain(first_local..=block).map(entry).collect();
+            let entries: Vec<_> = visible(layout, head, block).map(entry).collect();
             match tiles.last_mut() {
                 Some(tile) if tile.rows == rows && tile.entries == entries => {
                     tile.heads.end = head + 1;
@@ -146,6 +213,13 @@ fn tiles(queries: &SparseQueries<'_>, layout: BlockSparseLayout) -> Vec<Tile> {
         row = rows.end;
     }
     tiles
+}
+
+/// The blocks that a block of queries sees, in order; the last one is its own.
+fn visible(layout: BlockSparseLayout, head: usize, block: usize) -> impl Iterator<Item = usize> {
+    let first_local = layout.first_local(block);
+    let far = (layout.first_vertical(head)..first_local).step_by(layout.vert_stride());
+    far.chain(first_local..=block)
 }
 
 fn attend_tiles<'p, T: Copy + 'p>(
@@ -211,5 +285,45 @@ fn attend_tiles<'p, T: Copy + 'p>(
             queries.out[row * width..][columns(tile)].copy_from_slice(found);
             rest = after;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::{AttentionPattern, attend_with_candle};
+    use crate::error::Error;
+
+    #[test]
+    fn gathered_blocks_equal_a_mask_over_all_keys() -> Result<()> {
+        let random = |shape| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+        let mut state = 3u64;
+        let mut pick = |first: usize, last: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            first + (state >> 33) as usize % (last - first + 1)
+        };
+        for case in 0..200 {
+            let (num_kv_heads, group, d) = (pick(1, 3), pick(1, 4), 8);
+            let num_heads = num_kv_heads * group;
+            let size = [1, 4, 16, 64][pick(0, 3)];
+            let homogeneous = pick(0, 3) == 0;
+            let layout =
+                BlockSparseLayout::new(num_heads, size, pick(1, 5), pick(1, 9), homogeneous)
+                    .ok_or_else(|| Error::Batch("a layout".to_owned()))?;
+            let (before, len) = (pick(0, 200), [1, pick(1, 9), pick(1, 100)][pick(0, 2)]);
+            let q = random((len, num_heads, d))?;
+            let k = random((num_kv_heads, before + len, d))?;
+            let v = random((num_kv_heads, before + len, d))?;
+            let params = AttentionParams {
+                layer_idx: 0,
+                pattern: AttentionPattern::BlockSparse(layout),
+                scale: 0.3,
+            };
+            let expected = attend_with_candle(&q, &k, &v, before, 0, params)?;
+            let found = attend_gathered(&q, &k, &v, before, params.scale, layout)?;
+            let difference = (found - expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(difference < 1e-5, "case {case}, {layout:?}: {difference}");
+        }
+        Ok(())
     }
 }
