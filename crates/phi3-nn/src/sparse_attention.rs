@@ -78,7 +78,7 @@ pub(crate) fn attend_block_sparse(
 
 /// The same in candle operations, for a GPU: q `[l, h, d]` from position `q_start` on, k and v
 /// `[k, s, d]` from 0 on, to `[l, h*d]`. For each block of queries the blocks that its heads see are
-/// gathered, as many for each head as the one that sees most.
+/// gathered, as many for each head as the one that sees most; nothing else of the cache is touched.
 pub(crate) fn attend_gathered(
     q: &Tensor,
     k: &Tensor,
@@ -90,59 +90,63 @@ pub(crate) fn attend_gathered(
     let (len, num_heads, d) = q.dims3()?;
     let (num_kv_heads, num_keys, _) = k.dims3()?;
     let (size, group) = (layout.block_size(), num_heads / num_kv_heads);
-    let num_blocks = num_keys.div_ceil(size);
-    let blocks = |rows: &Tensor| -> Result<Tensor> {
-        let padded = rows.pad_with_zeros(1, 0, num_blocks * size - num_keys)?;
-        let padded = padded.to_dtype(q.dtype())?.contiguous()?;
-        Ok(padded.reshape((num_kv_heads * num_blocks, size * d))?)
+    let rows_of = |cache: &Tensor| -> Result<Tensor> {
+        let cache = cache.to_dtype(q.dtype())?.contiguous()?;
+        Ok(cache.reshape((num_kv_heads * num_keys, d))?)
     };
-    let (k, v) = (blocks(k)?, blocks(v)?); // [k*blocks, size*d]
+    let (k, v) = (rows_of(k)?, rows_of(v)?); // [k*s, d]
     let mut outputs = Vec::new();
     let mut row = 0;
     while row < len {
-        let (block, offset) = ((q_start + row) / size, (q_start + row) % size);
+        let position = q_start + row;
+        let (block, offset) = (position / size, position % size);
         let rows = (size - offset).min(len - row);
         let seen: Vec<Vec<usize>> = (0..num_heads)
             .map(|head| visible(layout, head, block).collect())
             .collect();
         let most = seen.iter().map(Vec::len).max().unwrap_or(0);
-        let (mut index, mut mask) = (Vec::new(), Vec::new());
+        let (mut index, mut hidden) = (Vec::new(), Vec::new());
         for (head, seen) in seen.iter().enumerate() {
-            let slots = (0..most).map(|slot| seen.get(slot).copied());
-            let of_head = (head / group) * num_blocks;
-            // What fills a head up is masked.
-            index.extend(
-                slots
-                    .clone()
-                    .map(|slot| (of_head + slot.unwrap_or(block)) as u32),
-            );
-            for position in q_start + row..q_start + row + rows {
-                for slot in slots.clone() {
-                    mask.extend((0..size).map(|j| match slot {
-                        Some(slot) if slot * size + j <= position => 0f32,
-                        _ => f32::NEG_INFINITY,
-                    }));
-                }
+            let first = (head / group) * num_keys;
+            // What fills a head up comes first and is masked; the queries' own block is last.
+            let fill = most - seen.len();
+            hidden.resize(hidden.len() + fill * size, f32::NEG_INFINITY);
+            hidden.resize(hidden.len() + seen.len() * size, 0.0);
+            for block in std::iter::repeat_n(&block, fill).chain(seen) {
+                let keys = (block * size..(block + 1) * size).map(|key| key.min(num_keys - 1));
+                index.extend(keys.map(|key| (first + key) as u32));
             }
         }
-        let index = Tensor::from_vec(index, num_heads * most, q.device())?;
-        let gathered = |blocks: &Tensor| -> Result<Tensor> {
-            let blocks = blocks.index_select(&index, 0)?;
-            Ok(blocks.reshape((num_heads, most * size, d))?)
+        let own = (most - 1) * size;
+        let later = (0..rows * most * size).map(|idx| {
+            let (query, key) = (idx / (most * size), idx % (most * size));
+            match key > own + offset + query {
+                true => f32::NEG_INFINITY,
+                false => 0.0,
+            }
+        });
+        let later: Vec<f32> = later.collect();
+        let later = Tensor::from_vec(later, (1, rows, most * size), q.device())?;
+        let hidden = Tensor::from_vec(hidden, (num_heads, 1, most * size), q.device())?;
+        let index = Tensor::from_vec(index, num_heads * most * size, q.device())?;
+        let gathered = |cache: &Tensor| -> Result<Tensor> {
+            let keys = cache.index_select(&index, 0)?;
+            Ok(keys.reshape((num_heads, most * size, d))?)
         };
         let q = q.narrow(0, row, rows)?.transpose(0, 1)?.contiguous()?; // [h, rows, d]
-        let scores = q.matmul(&gathered(&k)?.transpose(1, 2)?.contiguous()?)?;
-        let mask = Tensor::from_vec(mask, scores.shape(), q.device())?;
-        let scores = ((scores.to_dtype(DType::F32)? * f64::from(scale))? + mask)?;
+        let scores = q.matmul(&gathered(&k)?.transpose(1, 2)?.contiguous()?)?; // [h, rows, keys]
+        let scores = (scores.to_dtype(DType::F32)? * f64::from(scale))?;
+        let scores = scores.broadcast_add(&later)?.broadcast_add(&hidden)?;
         let weights = candle_nn::ops::softmax(&scores, 2)?.to_dtype(q.dtype())?;
-        let out = weights
-            .matmul(&gathered(&v)?)?
-            .transpose(0, 1)?
-            .contiguous()?; // [rows, h, d]
+        let out = weights.matmul(&gathered(&v)?)?; // [h, rows, d]
+        let out = out.transpose(0, 1)?.contiguous()?;
         outputs.push(out.reshape((rows, num_heads * d))?);
         row += rows;
     }
-    Ok(Tensor::cat(&outputs, 0)?)
+    match outputs.is_empty() {
+        true => Ok(q.reshape((0, num_heads * d))?),
+        false => Ok(Tensor::cat(&outputs, 0)?),
+    }
 }
 
 /// Queries that follow one another, and where their results go: `[l, h, d]` each.

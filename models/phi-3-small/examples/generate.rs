@@ -46,12 +46,12 @@ fn main() -> Result<()> {
     let weights = Weights::new(checkpoint.weights.clone(), device, dtype);
     let model = Model::new(&Config::from_json(&checkpoint.config)?, weights)?;
 
-    let files = &checkpoint.tokenizer;
-    let json = files
-        .tokenizer_json
-        .as_deref()
-        .context("the checkpoint has no tokenizer.json")?;
-    let tokenizer = Tokenizer::from_json(json, files.tokenizer_config.as_ref())?;
+    // Its repository has ranks instead of a tokenizer.json.
+    let json = checkpoint
+        .tokenizer_json()?
+        .context("the checkpoint has no tokenizer")?;
+    let tokenizer_config = checkpoint.tokenizer.tokenizer_config.as_ref();
+    let tokenizer = Tokenizer::from_json(&json, tokenizer_config)?;
     let template = checkpoint
         .chat_template
         .as_ref()

@@ -409,6 +409,12 @@ fn role(architecture: Architecture, name: &str) -> Role {
             _ => {}
         }
     }
+    if architecture == Architecture::Phi3Small {
+        // Rope factors too: its own are metadata.
+        return Role::Unexpected(
+            "Phi-3-small has no such tensor, leaving it out could change results",
+        );
+    }
     match name {
         ROPE_FACTORS_LONG | ROPE_FACTORS_SHORT => Role::RopeFactors,
         ROPE_FREQUENCIES => Role::RopeFrequencies,

@@ -162,7 +162,7 @@ fn what_cannot_be_written_is_named() {
             "not an array of numbers",
         ),
         ("/rope_scaling/type", json!("yarn"), "yarn"),
-        ("/rope_scaling/short_factor", json!(["1"]), "short_factor"),
+        ("/rope_scaling/short_factor", json!(["1"]), "invalid type"),
         ("/hidden_act", json!("silu"), "hidden_act \"silu\""),
     ] {
         let error = with(pointer, value);
@@ -239,6 +239,8 @@ fn names_go_both_ways() {
         "blk.0.attn_q.weight",
         "blk.0.ffn_gate.weight",
         "blk.0.ffn_gate_exps.weight",
+        "rope_factors_long.weight",
+        "rope_freqs.weight",
     ] {
         assert_eq!(hf_name_in(Architecture::Phi3Small, other), None, "{other}");
     }
