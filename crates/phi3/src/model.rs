@@ -38,6 +38,9 @@ pub struct LoadOptions {
     /// Stores the weights in fewer bits than the checkpoint does, tensor by tensor while they are
     /// loaded: the same bytes that a file written by `phi3_hub::quantize` has.
     pub quantize: Option<Mix>,
+    /// The same for the image tower and its projection of a model that sees, which `quantize` leaves
+    /// as they are stored: every matrix in the type of most of the mix's.
+    pub quantize_vision: Option<Mix>,
     /// Keeps the weights of a mixture of experts within so many bytes, those of the experts by recent
     /// use; a part of it is left for caches and activations. On the CPU alone, for weights in their
     /// files.
@@ -94,9 +97,11 @@ impl LanguageModel {
         };
         let device = options.device.open()?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let source: Arc<dyn TensorSource> = match options.quantize {
-            Some(mix) => Arc::new(QuantizedSource::new(checkpoint, mix, None)?),
-            None => Arc::clone(&checkpoint.weights),
+        let source: Arc<dyn TensorSource> = match (options.quantize, options.quantize_vision) {
+            (None, None) => Arc::clone(&checkpoint.weights),
+            (decoder, tower) => {
+                Arc::new(QuantizedSource::of_parts(checkpoint, decoder, tower, None)?)
+            }
         };
         let weights = Weights::new(source, device, dtype).with_cache_type(options.cache_type);
         let budget = match options.memory_budget {

@@ -19,6 +19,14 @@ pub enum Error {
          the weights alone"
     )]
     Tokenizer(String),
+    /// An image tower that shall be quantized, of a model without one.
+    #[error(
+        "{origin} has no image tower that could be quantized; models of model_type phi3_v have one"
+    )]
+    NoTower {
+        /// The checkpoint.
+        origin: String,
+    },
     /// A tensor that Phi-3 has no place for.
     #[error(
         "tensor {tensor:?} of {origin} has no place in a phi3 GGUF file, and leaving it out could \

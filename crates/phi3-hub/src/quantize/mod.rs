@@ -6,15 +6,15 @@
 
 mod encode;
 mod error;
+mod loading;
 mod mix;
 mod plan;
 mod spelling;
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
 
-use phi3_nn::{Bytes, StoredTensor, TensorSource};
+use phi3_nn::TensorSource;
 use serde_json::Value as Json;
 
 use crate::Checkpoint;
@@ -23,6 +23,7 @@ use encode::Job;
 use plan::Plan;
 
 pub use error::{Error, Result};
+pub use loading::QuantizedSource;
 pub(crate) use mix::Matrix;
 pub use mix::{Mix, ParseMixError};
 pub use plan::Importance;
@@ -153,74 +154,6 @@ fn fill(
         .run::<Error>(|bytes| Ok(sink.write(bytes)?))?;
     }
     Ok(())
-}
-
-/// The weights of another source in fewer bits, encoded tensor by tensor when they are asked for:
-/// the same bytes as in the file that [`write_gguf`] makes.
-pub struct QuantizedSource {
-    inner: Arc<dyn TensorSource>,
-    plan: Plan,
-    importance: Option<Importance>,
-}
-
-impl QuantizedSource {
-    /// The weights of `checkpoint`, a model of `model_type` phi3, phi3small or phimoe.
-    ///
-    /// # Errors
-    /// [`Error`] for a model that [`write_gguf`] would refuse.
-    pub fn new(checkpoint: &Checkpoint, mix: Mix, importance: Option<Importance>) -> Result<Self> {
-        let inner = spelling::of_hub(&checkpoint.weights);
-        let plan = Plan::new(inner.as_ref(), &checkpoint.config, mix, importance.as_ref())?;
-        warn_if_quantized(checkpoint);
-        Ok(Self {
-            inner,
-            plan,
-            importance,
-        })
-    }
-
-    fn encode(&self, entry: &plan::Entry) -> Result<StoredTensor> {
-        let tensor = plan::read(self.inner.as_ref(), &entry.hf)?;
-        let parts = tensor.parts();
-        if parts.iter().all(|part| part.block_type == entry.block_type) {
-            return Ok(tensor);
-        }
-        let bytes = Job {
-            name: &entry.hf,
-            tensor: &tensor,
-            to: entry.block_type,
-            importance: self.importance.as_ref().and_then(|all| all.of(&entry.hf)),
-        }
-        .to_vec()?;
-        StoredTensor::new(entry.shape.clone(), entry.block_type, Bytes::from(bytes)).map_err(
-            |error| Error::Tensor {
-                tensor: entry.hf.clone(),
-                detail: error.to_string(),
-            },
-        )
-    }
-}
-
-impl TensorSource for QuantizedSource {
-    fn tensor(
-        &self,
-        name: &str,
-    ) -> std::result::Result<Option<StoredTensor>, Box<dyn std::error::Error + Send + Sync>> {
-        match self.plan.tensors().iter().find(|entry| entry.hf == name) {
-            Some(entry) => Ok(Some(self.encode(entry)?)),
-            None => Ok(None),
-        }
-    }
-
-    fn names(&self) -> Vec<String> {
-        let mut names: Vec<_> = self.plan.tensors().iter().map(|e| e.hf.clone()).collect();
-        names.sort();
-        names
-    }
-
-    fn origin(&self) -> String {
-        self.inner.origin()
-    }
 }
 
 /// A file that is being read through a mapping must stay, and one that somebody made should.

@@ -68,6 +68,22 @@ impl Plan {
         importance: Option<&Importance>,
     ) -> Result<Self> {
         let architecture = export::architecture(config).map_err(Error::Config)?;
+        let names = source.names().into_iter().collect();
+        Self::of(architecture, source, &names, config, mix, importance)
+    }
+
+    /// The plan of those tensors of `source` that are called `names`.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn of(
+        architecture: Architecture,
+        source: &dyn TensorSource,
+        names: &BTreeSet<String>,
+        config: &Json,
+        mix: Mix,
+        importance: Option<&Importance>,
+    ) -> Result<Self> {
         let layers = config.get("num_hidden_layers").and_then(Json::as_u64);
         let layers = layers
             .and_then(|layers| usize::try_from(layers).ok())
@@ -75,15 +91,14 @@ impl Plan {
         let tied = config.get("tie_word_embeddings").and_then(Json::as_bool);
         // The default of its config class; those of the others are untied.
         let tied = tied.unwrap_or(architecture == Architecture::Phi3Small);
-        let names: BTreeSet<String> = source.names().into_iter().collect();
         let wanted = match architecture {
-            Architecture::Phimoe => expected_moe(layers, config, &names, source)?,
-            Architecture::Phi3Small => expected_small(layers, tied, &names, source)?,
-            Architecture::Phi3 | Architecture::Llama => expected(layers, tied, &names, source)?,
+            Architecture::Phimoe => expected_moe(layers, config, names, source)?,
+            Architecture::Phi3Small => expected_small(layers, tied, names, source)?,
+            Architecture::Phi3 | Architecture::Llama => expected(layers, tied, names, source)?,
         };
         let ignored =
             |name: &str| name.ends_with("rotary_emb.inv_freq") || tied && name == "lm_head.weight";
-        for name in &names {
+        for name in names {
             if !wanted.contains(name) && !ignored(name) {
                 return Err(Error::UnexpectedTensor {
                     tensor: name.clone(),
@@ -140,6 +155,16 @@ impl Plan {
 
     pub fn tensors(&self) -> &[Entry] {
         &self.0
+    }
+
+    /// No tensor yet.
+    pub fn empty() -> Self {
+        Self(Vec::new())
+    }
+
+    /// With more tensors.
+    pub fn extend(&mut self, entries: Vec<Entry>) {
+        self.0.extend(entries);
     }
 }
 

@@ -1,6 +1,8 @@
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use phi3_kernels::{BlockType, testing::Random};
+use phi3_nn::StoredTensor;
 use phi3_nn::weights::MemorySource;
 use serde_json::json;
 

@@ -63,7 +63,7 @@ pub(crate) fn architecture(config: &Json) -> Result<Architecture, String> {
         Some("phimoe") => Ok(Architecture::Phimoe),
         Some("phi3small") => Ok(Architecture::Phi3Small),
         other => Err(format!(
-            "model_type {:?} cannot be quantized, only \"phi3\", \"phi3small\" and \"phimoe\"",
+            "model_type {:?} cannot be quantized into a file, only \"phi3\", \"phi3small\" and \"phimoe\"",
             other.unwrap_or("(none)")
         )),
     }
