@@ -3,14 +3,15 @@
 
 use candle_core::{Device, Tensor};
 use phi3_nn::{
-    Error, LayerNorm, Linear, Result, StoredTensor, Weights, full_attention, quick_gelu,
+    Error, LayerNorm, Linear, Result, StoredTensor, Weights, full_attention, in_lanes, quick_gelu,
 };
 
 use crate::config::VisionConfig;
 use crate::processor::CROP;
 
-/// Crops that go through the tower together: enough rows for the matrix products, few enough
-/// that the widest activations of a large tower stay below 40 MB.
+/// Crops that are on their way through the tower at a time: what bounds its memory, to some 60 MB for
+/// each of a large tower. On the CPU each has a thread beside the kernels' own; elsewhere they go
+/// together.
 const CROPS_AT_ONCE: usize = 4;
 
 /// Channels of a picture.
@@ -177,10 +178,12 @@ impl VisionTower {
     /// token's. Works through them in parts, so that memory does not grow with their number beyond
     /// the features themselves.
     pub(crate) fn forward(&self, crops: &[&[f32]]) -> Result<Tensor> {
-        let parts = crops
-            .chunks(CROPS_AT_ONCE)
-            .map(|crops| self.features(crops));
-        let parts = parts.collect::<Result<Vec<_>>>()?;
+        let (together, lanes) = match self.weights.device().is_cpu() {
+            true => (1, CROPS_AT_ONCE),
+            false => (CROPS_AT_ONCE, 1),
+        };
+        let chunks: Vec<&[&[f32]]> = crops.chunks(together).collect();
+        let parts = in_lanes(&chunks, lanes, |crops| self.features(crops))?;
         Ok(Tensor::cat(&parts, 0)?)
     }
 
