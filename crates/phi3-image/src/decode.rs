@@ -23,6 +23,13 @@ pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Rgb> {
     reader.limits(image_limits(limits));
     let decoder = reader.into_decoder().map_err(|it| error(name, &it))?;
     let (width, height) = decoder.dimensions();
+    if format == ImageFormat::WebP && (width == 0 || height == 0) {
+        // A side of a WebP file is never 0; of its 14 bits the decoder takes the largest number for that.
+        return Err(Error::Decode {
+            format: name,
+            message: "a side has 16384 pixels, one more than is supported".to_owned(),
+        });
+    }
     check_size(width, height, limits)?;
     #[cfg(feature = "libjpeg")]
     if format == ImageFormat::Jpeg {

@@ -17,6 +17,10 @@ const EXTENSIONS: [&str; 6] = ["png", "jpg", "jpeg", "webp", "gif", "bmp"];
 /// of its frames would have to be decoded.
 const MOST_FRAMES: usize = 100_000;
 
+/// How many times [`Limits::max_pixels`] the frames of an animation may have together, for the same
+/// reason: half an hour of high definition, and not the days that a small file can claim.
+const MOST_PICTURES: u64 = 1000;
+
 /// Which `wanted` of `count` frames to take: each from the middle of an equal share of them, all of
 /// them if there are no more.
 ///
@@ -133,10 +137,12 @@ fn for_each_frame(
     };
     for (index, frame) in frames.enumerate() {
         let frame = frame.map_err(|it| error(name, &it))?;
-        if index >= MOST_FRAMES {
+        let pixels = u64::from(frame.buffer().width()) * u64::from(frame.buffer().height());
+        let all = pixels.saturating_mul(index as u64);
+        if index >= MOST_FRAMES || all > limits.max_pixels.saturating_mul(MOST_PICTURES) {
             return Err(Error::Decode {
                 format: name,
-                message: format!("it has more than {MOST_FRAMES} frames"),
+                message: format!("it has more than {index} frames, too many to look through"),
             });
         }
         if !take(index, frame.buffer()) {

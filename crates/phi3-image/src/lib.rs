@@ -11,7 +11,8 @@
 //! - A file that ends early is an error.
 //!
 //! PNG, BMP, GIF and lossless WebP agree with Pillow in every byte. JPEG does with the feature
-//! `libjpeg`, which builds libjpeg-turbo's C code; without it samples differ, by 0.4 of 255 in the
+//! `libjpeg`, which builds libjpeg-turbo's C code and rests on the work of the Independent JPEG Group;
+//! without it samples differ, by 0.4 of 255 in the
 //! mean and by 9 at most in the tests, which state it for each picture. Lossy WebP agrees in the
 //! tests.
 #![forbid(unsafe_code)]

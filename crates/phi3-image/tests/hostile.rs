@@ -363,3 +363,54 @@ fn garbage_behind_a_picture_is_ignored() {
         assert!(open(&file).unwrap() == open(&longer).unwrap(), "{name}");
     }
 }
+
+/// The longest side that WebP can say is 16384. libwebp, and so Pillow, writes none longer than 16383.
+#[test]
+fn a_webp_with_sides_of_16383_is_right_and_longer_ones_are_refused() {
+    for (width, height, right) in [
+        (16_383, 2, true),
+        (2, 16_383, true),
+        (16_384, 2, false),
+        (2, 16_384, false),
+    ] {
+        let pixels: Vec<u8> = (0..=255).cycle().take(3 * width * height).collect();
+        let mut file = Vec::new();
+        let color = image::ExtendedColorType::Rgb8;
+        image::codecs::webp::WebPEncoder::new_lossless(&mut file)
+            .encode(&pixels, width as u32, height as u32, color)
+            .unwrap();
+        if right {
+            let found = open(&file).unwrap();
+            assert_eq!((found.width, found.height), (width, height));
+            assert!(found.pixels == pixels);
+        } else {
+            let message = assert_refused(&file, "too long a side");
+            assert!(message.contains("16384"), "{message}");
+        }
+    }
+}
+
+#[test]
+fn an_animation_without_end_is_not_looked_through() {
+    let limits = Limits {
+        max_pixels: 2,
+        ..Limits::default()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("long.gif");
+    for (frames, right) in [(1000, true), (1002, false)] {
+        let mut file = Vec::new();
+        let mut encoder = image::codecs::gif::GifEncoder::new(&mut file);
+        let frame = || image::Frame::new(image::RgbaImage::new(2, 1));
+        encoder
+            .encode_frames(std::iter::repeat_with(frame).take(frames))
+            .unwrap();
+        drop(encoder);
+        std::fs::write(&path, file).unwrap();
+        let found = phi3_image::animation_frames(&path, 3, &limits);
+        match found {
+            Ok(frames) => assert!(right && frames.len() == 3),
+            Err(error) => assert!(!right && error.to_string().contains("frames"), "{error}"),
+        }
+    }
+}
