@@ -1,6 +1,7 @@
 //! Bytes that may be a picture: what decodes is processed, crops and tokens as its layout says.
 //!
-//! The first byte chooses the number of crops. With its high bit set the next four are width and
+//! The first byte chooses the number of crops, mostly a small one: a crop takes milliseconds. With its
+//! high bit set the next four are width and
 //! height and the rest the pixels, repeated, so that the processor meets every shape; otherwise the
 //! rest is a file.
 #![no_main]
@@ -13,13 +14,15 @@ const LIMITS: Limits = Limits {
     max_bytes: 1 << 20,
 };
 
+const NUM_CROPS: [usize; 8] = [0, 1, 1, 2, 3, 4, 16, 65];
+
 fuzz_target!(init: phi3_fuzz::start(seeds), |data: &[u8]| {
     let [choice, rest @ ..] = data else {
         return;
     };
-    let num_crops = usize::from(choice & 0x7F) % 20;
+    let num_crops = NUM_CROPS[usize::from(choice & 7)];
     let processor = Processor::default().with_num_crops(num_crops);
-    assert_eq!(processor.is_ok(), num_crops > 0);
+    assert_eq!(processor.is_ok(), (1..=64).contains(&num_crops));
     let Ok(processor) = processor else {
         return;
     };
@@ -67,12 +70,12 @@ fn seeds() -> Vec<Vec<u8>> {
     let small = paths.iter().filter_map(|path| std::fs::read(path).ok());
     let mut seeds: Vec<Vec<u8>> = small
         .filter(|file| file.len() < 8000)
-        .map(|file| [&[4][..], &file].concat())
+        .map(|file| [&[1][..], &file].concat())
         .collect();
-    for (crops, width, height) in [(1u8, 1u16, 1u16), (16, 1, 300), (4, 900, 3), (9, 17, 400)] {
+    for (choice, width, height) in [(1u8, 1u16, 1u16), (6, 1, 300), (5, 900, 3), (4, 17, 400)] {
         let [a, b] = width.to_le_bytes();
         let [c, d] = height.to_le_bytes();
-        seeds.push(vec![0x80 | crops, a, b, c, d, 1, 200, 77, 13]);
+        seeds.push(vec![0x80 | choice, a, b, c, d, 1, 200, 77, 13]);
     }
     seeds
 }
