@@ -1,5 +1,6 @@
 //! Flags that mean the same in every command.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,8 +10,10 @@ use candle_core::DType;
 use clap::ValueEnum;
 use phi3::hub::quantize::Mix;
 use phi3::hub::{Checkpoint, HubOptions, Source, TerminalProgress};
-use phi3::image::Image;
+use phi3::image::{Image, Limits, animation_frames, folder_frames};
 use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
+
+use crate::output::UsageError;
 
 /// Which model, and from where.
 #[derive(Clone, Debug, clap::Args)]
@@ -95,6 +98,9 @@ pub struct ComputeArgs {
     /// Store the weights in fewer bits while they are loaded, as `phi3 quantize` does: Q4_0, Q4_K_M, …
     #[arg(long, value_name = "TYPE")]
     pub quantize: Option<Mix>,
+    /// The same for the image tower of a model that sees, which --quantize leaves as it is.
+    #[arg(long, value_name = "TYPE")]
+    pub quantize_vision: Option<Mix>,
     /// Keep the weights of a mixture of experts within so much memory (12GiB), caches included: experts
     /// by recent use, the others are read from disk when a router chooses them.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -141,6 +147,10 @@ pub struct ImageArgs {
     /// Show this picture (PNG, JPEG, WebP, GIF or BMP) with the prompt; may be given several times.
     #[arg(long, value_name = "FILE")]
     pub image: Vec<PathBuf>,
+    /// Of an --image that is a folder of pictures or an animated GIF or WebP show N frames, evenly
+    /// spaced.
+    #[arg(long, value_name = "N", requires = "image")]
+    pub frames: Option<NonZeroUsize>,
     /// Most crops of a picture [default: the checkpoint's number].
     #[arg(long, value_name = "N")]
     pub num_crops: Option<usize>,
@@ -159,8 +169,29 @@ impl ImageArgs {
     }
 
     /// The pictures.
-    pub fn images(&self) -> Vec<Image> {
-        self.image.iter().map(Image::path).collect()
+    pub fn images(&self) -> Result<Vec<Image>> {
+        let mut images = Vec::new();
+        for path in &self.image {
+            let Some(wanted) = self.frames else {
+                if path.is_dir() {
+                    let name = path.display();
+                    let message =
+                        format!("--image: {name} is a folder; --frames N takes N of its pictures");
+                    return Err(UsageError(message).into());
+                }
+                images.push(Image::path(path));
+                continue;
+            };
+            let limits = Limits::default();
+            let frames = if path.is_dir() {
+                folder_frames(path, wanted.get(), &limits)
+            } else {
+                animation_frames(path, wanted.get(), &limits)
+            };
+            let frames = frames.with_context(|| path.display().to_string())?;
+            images.extend(frames.into_iter().map(Image::from));
+        }
+        Ok(images)
     }
 }
 
@@ -226,6 +257,7 @@ fn load_with(
         revision: source.hub.revision.clone(),
         extend: compute.extend_context,
         quantize: compute.quantize,
+        quantize_vision: compute.quantize_vision,
         memory_budget: compute.memory_budget,
         hub: Some(source.hub.options()),
     };

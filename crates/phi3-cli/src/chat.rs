@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(system) = &args.system {
         session.set_system(system);
     }
-    for image in args.images.images() {
+    for image in args.images.images()? {
         session.chat.show(&image)?;
     }
     let history = args.history.clone().or_else(default_history);

@@ -129,7 +129,7 @@ fn model_images(model: &LanguageModel, args: &Args) -> Result<Vec<SeenImage>> {
     if args.images.image.is_empty() {
         return Ok(Vec::new());
     }
-    Ok(model.see(&args.images.images(), &Limits::default())?)
+    Ok(model.see(&args.images.images()?, &Limits::default())?)
 }
 
 fn token_json(token: &Token, tokenizer: &Tokenizer) -> Value {

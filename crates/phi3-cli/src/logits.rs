@@ -174,7 +174,7 @@ fn show(model: &LanguageModel, prompt: &str, args: &ImageArgs) -> Result<Shown> 
     }
     let processor = model.image_processor()?;
     let mut processed = Vec::new();
-    for image in args.images() {
+    for image in args.images()? {
         let image = processor.process(&image.open(&Limits::default())?)?;
         shown.pixel_values.extend(image.filled(processor.num_crops));
         let size = [image.layout.height(), image.layout.width()];

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use phi3::hub::Checkpoint;
-use phi3::text::{Message, Tokenizer};
-use phi3::{load_template, load_tokenizer};
+use phi3::text::{Content, Message, Part, Tokenizer};
+use phi3::{load_template, load_tokenizer, with_image_tags};
 
 use crate::args::{SourceArgs, open};
 use crate::{input, output};
@@ -22,7 +22,8 @@ pub struct Args {
     #[arg(long)]
     add_special: bool,
     /// Instead of a text, a conversation: a JSON array of {"role": …, "content": …}, as the model's
-    /// chat template renders it.
+    /// chat template renders it. Of a model that sees content may be a list of parts, text and images,
+    /// whose tags --rendered shows; how many tokens an image takes its pixels decide.
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["prompt", "add_special"])]
     chat: Option<PathBuf>,
     /// Leave out the opening of the assistant's turn with which a rendered conversation ends.
@@ -57,8 +58,15 @@ pub fn run(args: &Args) -> Result<()> {
         Some(path) => {
             let rendered = render(&checkpoint, &tokenizer, path, !args.no_generation_prompt)?;
             if args.rendered {
-                return output::print(&rendered);
+                return output::print(&rendered.text);
             }
+            if rendered.pictures {
+                let name = path.display();
+                bail!(
+                    "{name} shows images, whose tokens hang on their pixels; --rendered shows the text"
+                );
+            }
+            let rendered = rendered.text;
             tokenizer.encode_chat(&rendered)?
         }
         None => {
@@ -77,21 +85,47 @@ pub fn run(args: &Args) -> Result<()> {
     output::print(&lines)
 }
 
-/// The conversation in `path` as one text.
+/// A conversation as one text.
+struct Rendered {
+    text: String,
+    /// Whether images are part of it.
+    pictures: bool,
+}
+
+/// The conversation in `path`.
 fn render(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
     path: &Path,
     add_generation_prompt: bool,
-) -> Result<String> {
+) -> Result<Rendered> {
     let name = path.display();
     let json = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
-    let messages: Vec<Message> = serde_json::from_str(&json).with_context(|| {
+    let mut messages: Vec<Message> = serde_json::from_str(&json).with_context(|| {
         format!("{name} must be a JSON array of messages with role and content")
     })?;
     let template = load_template(checkpoint, Some(tokenizer))?;
     let template = template.ok_or_else(|| phi3::Error::NoChatTemplate {
         origin: checkpoint.origin.clone(),
     })?;
-    Ok(template.render(&messages, add_generation_prompt)?)
+    let parts = messages
+        .iter()
+        .filter_map(|message| match &message.content {
+            Content::Parts(parts) => Some(parts),
+            Content::Text(_) | Content::None => None,
+        });
+    let sees = checkpoint
+        .config
+        .get("model_type")
+        .and_then(|it| it.as_str())
+        == Some("phi3_v");
+    let pictures = sees
+        && parts
+            .flatten()
+            .any(|part| !matches!(part, Part::Text { .. }));
+    if sees {
+        messages = with_image_tags(&messages);
+    }
+    let text = template.render(&messages, add_generation_prompt)?;
+    Ok(Rendered { text, pictures })
 }

@@ -20,9 +20,11 @@ use crate::tokenizer::SpecialTokens;
 mod guard;
 mod limits;
 mod message;
+mod part;
 mod python;
 
-pub use message::{Content, Message, Part};
+pub use message::{Content, Message};
+pub use part::{ImageSource, Part};
 
 /// A parsed chat template with the special tokens that it may write.
 ///
@@ -171,10 +173,16 @@ impl ChatTemplate {
     pub fn render_with(&self, messages: &[Message], options: &RenderOptions) -> Result<String> {
         let mut context = options.extra.clone();
         let mut set = |name: &str, value: Value| context.insert(name.to_owned(), value);
-        let messages = serde_json::to_value(messages).map_err(|error| Error::Template {
-            line: 0,
-            cause: format!("the messages cannot be handed over: {error}"),
-        })?;
+        let plain = messages.iter().map(|message| Message {
+            role: message.role.clone(),
+            content: message.content.without_sources(),
+            extra: message.extra.clone(),
+        });
+        let messages =
+            serde_json::to_value(plain.collect::<Vec<_>>()).map_err(|error| Error::Template {
+                line: 0,
+                cause: format!("the messages cannot be handed over: {error}"),
+            })?;
         set("messages", messages);
         set(
             "add_generation_prompt",

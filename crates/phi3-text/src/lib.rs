@@ -36,7 +36,9 @@ pub mod tokenizer;
 #[cfg(test)]
 mod testing;
 
-pub use chat_template::{ChatTemplate, Content, Message, Part, RenderOptions, TemplateSource};
+pub use chat_template::{
+    ChatTemplate, Content, ImageSource, Message, Part, RenderOptions, TemplateSource,
+};
 pub use error::{Error, Result};
 pub use generate::{
     CachedPrefix, CancelToken, Completion, Event, EventKind, FinishReason, Finished, Generator,

@@ -1,14 +1,16 @@
 //! A conversation with a model.
 
+use std::sync::Arc;
+
 use phi3_text::{
-    CachedPrefix, CancelToken, ChatTemplate, EventKind, FinishReason, Finished, Generator, Message,
-    Request, SamplingParams, Tokenizer, Usage,
+    CachedPrefix, CancelToken, ChatTemplate, Content, EventKind, FinishReason, Finished, Generator,
+    ImageSource, Message, Part, Request, SamplingParams, Tokenizer, Usage,
 };
 
-use crate::error::Result;
-use crate::image::{Image, Layout, Limits};
+use crate::error::{Error, Result};
+use crate::image::{Fetch, Image, Layout, Limits};
 use crate::model::LanguageModel;
-use crate::seen::{SeenImage, tagged};
+use crate::seen::{SeenImage, with_image_tags};
 
 /// How a conversation's answers are generated.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,12 +40,16 @@ pub struct Chat<'m> {
     template: &'m ChatTemplate,
     messages: Vec<Message>,
     cache: Option<CachedPrefix>,
-    /// What the model has seen, in the order of its tags.
+    /// Where the pictures come from that the messages show, in order, then those of `shown`.
+    sources: Vec<ImageSource>,
+    /// The first of `sources`, or all, as the model has seen them.
     images: Vec<SeenImage>,
-    /// Those of them that belong to a message; the others go with the next.
-    sent_images: usize,
+    /// Pictures that go with the next message.
+    shown: Vec<Part>,
     /// What pictures may cost.
     pub limits: Limits,
+    /// Gets pictures that messages name by a URL. Default: nobody does, and they are an error.
+    pub fetch: Option<Arc<Fetch>>,
     /// How answers are generated; may be changed between turns.
     pub settings: ChatSettings,
 }
@@ -56,8 +62,10 @@ impl<'m> Chat<'m> {
             template: model.chat_template()?,
             messages: Vec::new(),
             cache: None,
+            sources: Vec::new(),
             images: Vec::new(),
-            sent_images: 0,
+            shown: Vec::new(),
+            fetch: None,
             limits: Limits::default(),
             settings: ChatSettings {
                 sampling: model.default_sampling(),
@@ -72,39 +80,61 @@ impl<'m> Chat<'m> {
         &self.messages
     }
 
-    /// Continues a conversation that was held elsewhere.
+    /// Continues a conversation that was held elsewhere. Its pictures are opened with the next message;
+    /// those with which it begins as this one did are kept as the model has seen them.
     pub fn set_messages(&mut self, messages: Vec<Message>) {
         self.messages = messages;
+        let shown = std::mem::take(&mut self.shown);
+        let sources = pictures(&self.messages).chain(shown.iter().filter_map(picture));
+        let sources: Vec<_> = sources.cloned().collect();
+        let same = self.sources.iter().zip(&sources);
+        let same = same.take_while(|(old, new)| old == new).count();
+        self.images.truncate(same);
+        (self.sources, self.shown) = (sources, shown);
     }
 
     /// Forgets all turns and pictures, a system message included.
     pub fn reset(&mut self) {
         self.messages.clear();
-        if !self.images.is_empty() {
-            // The cache knows pictures by their numbers, which begin anew.
-            self.cache = None;
-            self.images.clear();
-            self.sent_images = 0;
-        }
+        self.sources.clear();
+        self.images.clear();
+        self.shown.clear();
     }
 
-    /// Shows a picture, which goes with the next message: its tag is put before the text. The model
-    /// looks at it once, now; later turns compute nothing of it again.
+    /// Shows a picture, which goes with the next message, before its text. The model looks at it once,
+    /// now; later turns compute nothing of it again.
     ///
     /// # Errors
-    /// [`crate::Error::Blind`] if the model sees no pictures; those of [`Image::open`].
+    /// [`Error::Blind`] if the model sees no pictures; those of [`Image::open`], and of the pictures of
+    /// [`Chat::set_messages`].
     pub fn show(&mut self, image: &Image) -> Result<Layout> {
+        let source = image.source()?;
+        self.look()?;
         let seen = self.model.see(std::slice::from_ref(image), &self.limits)?;
         let layout = seen.first().map(|seen| *seen.layout());
         self.images.extend(seen);
-        layout.ok_or_else(|| crate::Error::Blind {
+        self.sources.push(source.clone());
+        self.shown.push(Part::Picture(source));
+        layout.ok_or_else(|| Error::Blind {
             origin: self.model.origin().to_owned(),
         })
     }
 
-    /// The pictures of this conversation, in the order of their numbers.
+    /// The pictures of this conversation that the model has seen, in the order of their numbers.
     pub fn images(&self) -> &[SeenImage] {
         &self.images
+    }
+
+    /// Looks at the pictures that the model has not seen yet, all at once.
+    fn look(&mut self) -> Result<()> {
+        let unseen = self.sources.get(self.images.len()..).unwrap_or_default();
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        let open = |source| Image::from_source(source, self.fetch.as_ref());
+        let unseen = unseen.iter().map(open).collect::<Result<Vec<_>>>()?;
+        self.images.extend(self.model.see(&unseen, &self.limits)?);
+        Ok(())
     }
 
     /// Sets (or with an empty text removes) the system message, which comes first. Some templates
@@ -116,21 +146,45 @@ impl<'m> Chat<'m> {
         }
     }
 
-    /// Says `text` as the user; the answer comes piece by piece.
+    /// Says something, a text as the user; the answer comes piece by piece.
     ///
-    /// What the cache holds of the conversation is not computed again. If this fails the
-    /// conversation is as before.
+    /// Pictures among the parts of a message are opened and looked at now, once. What the cache holds
+    /// of the conversation is not computed again. If this fails the conversation is as before.
+    ///
+    /// ```no_run
+    /// use phi3::text::{ImageSource, Message, Part};
+    /// let model = phi3::load("microsoft/Phi-3.5-vision-instruct")?;
+    /// let mut chat = model.chat()?;
+    /// let picture = Part::Picture(ImageSource::Path("cat.jpg".into()));
+    /// let question = Message::user(vec![picture, Part::text("What is in the picture?")]);
+    /// println!("{}", chat.send(question)?.text()?);
+    /// println!("{}", chat.send("What color is it?")?.text()?);
+    /// # Ok::<(), phi3::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// [`crate::Error::Text`] if the template refuses the conversation, or it is longer than the
-    /// model's context.
-    pub fn send(&mut self, text: &str) -> Result<Answer<'_, 'm>> {
-        let new_images = self.images.len() - self.sent_images;
-        let text = tagged(self.sent_images + 1, new_images, text);
-        self.messages.push(Message::user(text));
-        match self.start() {
+    /// [`Error::Text`] if the template refuses the conversation, or it is longer than the model's
+    /// context. For pictures [`Error::Blind`], [`Error::NoFetcher`], [`Error::NoSource`] and those of
+    /// [`Image::open`].
+    pub fn send(&mut self, message: impl Into<Message>) -> Result<Answer<'_, 'm>> {
+        let mut message = message.into();
+        let sources_before = self.sources.len();
+        let own = message.content.pictures().cloned();
+        self.sources.extend(own.collect::<Vec<_>>());
+        if !self.shown.is_empty() {
+            let mut parts = self.shown.clone();
+            match message.content {
+                Content::Text(text) => parts.push(Part::Text { text }),
+                Content::Parts(own) => parts.extend(own),
+                Content::None => {}
+            }
+            message.content = parts.into();
+        }
+        self.messages.push(message);
+        match self.look().and_then(|()| self.start()) {
             Ok((generator, cancel)) => Ok(Answer {
-                images_before: std::mem::replace(&mut self.sent_images, self.images.len()),
+                sources_before,
+                shown: std::mem::take(&mut self.shown),
                 chat: self,
                 generator,
                 cancel,
@@ -139,14 +193,26 @@ impl<'m> Chat<'m> {
                 failed: false,
             }),
             Err(error) => {
-                self.messages.pop();
+                self.forget_last(sources_before);
                 Err(error)
             }
         }
     }
 
+    /// Takes back the last message and the pictures that came with it.
+    fn forget_last(&mut self, sources_before: usize) {
+        self.messages.pop();
+        self.sources.truncate(sources_before);
+        self.images.truncate(sources_before);
+    }
+
     fn start(&mut self) -> Result<(Generator<'m>, CancelToken)> {
-        let rendered = self.template.render(&self.messages, true)?;
+        let bare = |message: &Message| matches!(&message.content, Content::Parts(parts) if parts.contains(&Part::Image));
+        if self.messages.iter().any(bare) {
+            return Err(Error::NoSource);
+        }
+        let messages = with_image_tags(&self.messages);
+        let rendered = self.template.render(&messages, true)?;
         let mut request = match self.model.vision() {
             Some(_) => self
                 .model
@@ -173,8 +239,10 @@ impl<'m> Chat<'m> {
 /// that is nothing, the question is forgotten too.
 pub struct Answer<'c, 'm> {
     chat: &'c mut Chat<'m>,
-    /// How many pictures were sent before this message.
-    images_before: usize,
+    /// Pictures of the conversation before those of the question's own parts.
+    sources_before: usize,
+    /// Those that were shown before the question and went with it.
+    shown: Vec<Part>,
     generator: Generator<'m>,
     cancel: CancelToken,
     text: String,
@@ -240,11 +308,26 @@ impl Drop for Answer<'_, '_> {
     fn drop(&mut self) {
         let stopped = matches!(self.finish_reason(), None | Some(FinishReason::Cancelled));
         if self.text.is_empty() && stopped {
-            self.chat.messages.pop(); // the question: nothing was said to it
-            self.chat.sent_images = self.chat.sent_images.min(self.images_before);
+            // Nothing was said to the question. What was shown goes with the next.
+            self.chat.forget_last(self.sources_before);
+            self.chat.shown = std::mem::take(&mut self.shown);
         } else {
             let text = std::mem::take(&mut self.text);
             self.chat.messages.push(Message::assistant(text));
         }
+    }
+}
+
+/// The pictures that messages show, in order.
+fn pictures(messages: &[Message]) -> impl Iterator<Item = &ImageSource> {
+    messages
+        .iter()
+        .flat_map(|message| message.content.pictures())
+}
+
+fn picture(part: &Part) -> Option<&ImageSource> {
+    match part {
+        Part::Picture(source) => Some(source),
+        Part::Text { .. } | Part::Image => None,
     }
 }

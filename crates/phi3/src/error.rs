@@ -75,6 +75,15 @@ pub enum Error {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A message shows a picture behind a URL, and nobody is to fetch it.
+    #[error("{url} is not fetched: the caller must say how (`Chat::fetch`)")]
+    NoFetcher {
+        /// Of the picture.
+        url: String,
+    },
+    /// A message has an image that does not say where it comes from.
+    #[error("a message shows an image without a path, bytes or a URL")]
+    NoSource,
     /// A picture cannot be cut, or a prompt does not name its pictures.
     #[error(transparent)]
     Pixels(#[from] phi_3_5_vision::processor::Error),

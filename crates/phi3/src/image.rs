@@ -7,6 +7,8 @@ use std::sync::Arc;
 pub use phi_3_5_vision::processor::{CROP, Layout, ProcessedImage, Processor, RgbImage};
 pub use phi3_image::{Limits, animation_frames, encode_png, evenly_spaced, folder_frames};
 
+use phi3_text::ImageSource;
+
 use crate::error::{Error, Result};
 
 /// Gets the bytes behind a URL. The library itself never goes to the network for a picture.
@@ -29,7 +31,7 @@ pub struct Image(Source);
 #[derive(Clone)]
 enum Source {
     Path(PathBuf),
-    Bytes(Vec<u8>),
+    Bytes(Arc<[u8]>),
     Pixels(RgbImage),
     Url(String, Arc<Fetch>),
 }
@@ -53,7 +55,7 @@ impl Image {
 
     /// The content of such a file.
     pub fn bytes(bytes: Vec<u8>) -> Self {
-        Self(Source::Bytes(bytes))
+        Self(Source::Bytes(bytes.into()))
     }
 
     /// RGB pixels, row by row.
@@ -67,6 +69,35 @@ impl Image {
     /// What `fetch` gives for a URL.
     pub fn url(url: impl Into<String>, fetch: Arc<Fetch>) -> Self {
         Self(Source::Url(url.into(), fetch))
+    }
+
+    /// The picture of a message's part. One behind a URL needs `fetch`.
+    ///
+    /// # Errors
+    /// [`Error::NoFetcher`] if it is behind a URL and there is none.
+    pub fn from_source(source: &ImageSource, fetch: Option<&Arc<Fetch>>) -> Result<Self> {
+        match (source, fetch) {
+            (ImageSource::Path(path), _) => Ok(Self::path(path)),
+            (ImageSource::Bytes(bytes), _) => Ok(Self(Source::Bytes(Arc::clone(bytes)))),
+            (ImageSource::Url(url), Some(fetch)) => Ok(Self::url(url, Arc::clone(fetch))),
+            (ImageSource::Url(url), None) => Err(Error::NoFetcher { url: url.clone() }),
+        }
+    }
+
+    /// The picture as a part of a message; pixels become a PNG file, which keeps them all.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] if that cannot be made.
+    pub fn source(&self) -> Result<ImageSource> {
+        Ok(match &self.0 {
+            Source::Path(path) => ImageSource::Path(path.clone()),
+            Source::Bytes(bytes) => ImageSource::Bytes(Arc::clone(bytes)),
+            Source::Pixels(image) => {
+                let png = encode_png(image.width(), image.height(), image.pixels())?;
+                ImageSource::Bytes(png.into())
+            }
+            Source::Url(url, _) => ImageSource::Url(url.clone()),
+        })
     }
 
     /// Its pixels.
@@ -109,7 +140,7 @@ impl From<phi3_image::Rgb> for Image {
         match RgbImage::new(rgb.width, rgb.height, rgb.pixels) {
             Ok(pixels) => Self(Source::Pixels(pixels)),
             // Its fields were changed by hand; opening it says what is wrong.
-            Err(_) => Self(Source::Bytes(Vec::new())),
+            Err(_) => Self(Source::Bytes(Arc::new([]))),
         }
     }
 }

@@ -14,7 +14,8 @@
 //! }
 //! ```
 //!
-//! A model that sees takes pictures with the text ([`Chat::show`], [`image::Image`]).
+//! A model that sees takes pictures with the text: [`Chat::show`], or a [`text::Message`] of several
+//! parts.
 //!
 //! [`load_with`] takes a device, a revision and more ([`LoadOptions`]). [`LanguageModel::complete`]
 //! continues plain text. Below the conversation, [`text::Generator`] drives several sequences at
@@ -48,4 +49,4 @@ pub use phi3_kernels::{InstructionSet, Probe, probe};
 pub use phi3_kernels::{argmax, backend_name, check_environment, num_threads, set_num_threads};
 pub use phi3_nn::{CacheType, DeviceSpec};
 pub use phi3_text::SamplingParams;
-pub use seen::{ImagePrompt, SeenImage};
+pub use seen::{ImagePrompt, SeenImage, with_image_tags};

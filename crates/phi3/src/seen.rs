@@ -1,10 +1,12 @@
 //! A model that sees: pictures become features, and prompts show them.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use candle_core::Tensor;
 use phi_3_5_vision::ImageFeatures;
 use phi_3_5_vision::processor::{Layout, ProcessedImage, Processor, prompt_ids};
 use phi3_image::Limits;
-use phi3_text::Request;
+use phi3_text::{Content, Message, Part, Request};
 
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -16,6 +18,16 @@ use crate::model::LanguageModel;
 pub struct SeenImage {
     layout: Layout,
     features: ImageFeatures,
+    /// Stands for its rows where a cache compares them; no other picture of this process has it.
+    key: u32,
+}
+
+/// Keys lie above every vocabulary.
+const FIRST_KEY: u32 = 1 << 31;
+
+fn next_key() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    FIRST_KEY | NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl SeenImage {
@@ -37,26 +49,64 @@ pub struct ImagePrompt {
     pub ids: Vec<i64>,
     /// What the decoder reads, `[ids.len(), hidden_size]`.
     pub embeddings: Tensor,
+    /// `ids` with a number for each token of an image that tells its rows from those of others: of
+    /// another picture with the same tag, too.
+    keys: Vec<u32>,
 }
 
 impl ImagePrompt {
+    fn new(ids: Vec<i64>, embeddings: Tensor, images: &[SeenImage]) -> Self {
+        // Rows follow the order of the images, whatever the numbers of their tags.
+        let mut rows = images
+            .iter()
+            .flat_map(|image| std::iter::repeat_n(image.key, image.tokens()));
+        let keys = ids.iter().map(|id| match u32::try_from(*id) {
+            Ok(id) => id,
+            Err(_) => rows.next().unwrap_or(u32::MAX),
+        });
+        let keys = keys.collect();
+        Self {
+            ids,
+            embeddings,
+            keys,
+        }
+    }
+
     /// The prompt as a request with default settings.
     pub fn into_request(self) -> Request {
-        // Outside every vocabulary, and another for each image: a cache tells them apart.
-        let place = |id: i64| u32::try_from(id.rem_euclid(1 << 32)).unwrap_or(u32::MAX);
-        let mut request = Request::new(self.ids.into_iter().map(place).collect());
+        let mut request = Request::new(self.keys);
         request.embeddings = Some(self.embeddings);
         request
     }
 }
 
-/// `text` behind the tags of images `first`, `first + 1`, …, each on a line, as Phi-3.5-vision's
-/// prompts have them.
-pub(crate) fn tagged(first: usize, count: usize, text: &str) -> String {
-    let tags: String = (first..first + count)
-        .map(|number| format!("<|image_{number}|>\n"))
-        .collect();
-    tags + text
+/// Messages as the templates of this family take them: parts become one text, in which the images
+/// are `<|image_1|>`, `<|image_2|>`, …, counted through all messages, each with a line break behind
+/// it as in Phi-3.5-vision's prompts.
+#[must_use]
+pub fn with_image_tags(messages: &[Message]) -> Vec<Message> {
+    let mut number = 0;
+    let tagged = messages.iter().map(|message| {
+        let Content::Parts(parts) = &message.content else {
+            return message.clone();
+        };
+        let mut text = String::new();
+        for part in parts {
+            match part {
+                Part::Text { text: more } => text.push_str(more),
+                Part::Image | Part::Picture(_) => {
+                    number += 1;
+                    text.push_str(&format!("<|image_{number}|>\n"));
+                }
+            }
+        }
+        Message {
+            role: message.role.clone(),
+            content: text.into(),
+            extra: message.extra.clone(),
+        }
+    });
+    tagged.collect()
 }
 
 impl LanguageModel {
@@ -112,6 +162,7 @@ impl LanguageModel {
             .map(|(image, features)| SeenImage {
                 layout: image.layout,
                 features,
+                key: next_key(),
             });
         Ok(seen.collect())
     }
@@ -136,7 +187,7 @@ impl LanguageModel {
         let features: Vec<ImageFeatures> =
             images.iter().map(|image| image.features.clone()).collect();
         let embeddings = model.embed_prompt(&ids, &features)?;
-        Ok(ImagePrompt { ids, embeddings })
+        Ok(ImagePrompt::new(ids, embeddings, images))
     }
 }
 

@@ -7,7 +7,7 @@ use crate::support::{
 };
 use crate::tiny::{TEMPLATE, Tiny};
 
-fn picture(name: &str) -> String {
+pub fn picture(name: &str) -> String {
     arg(&fixture("images").join(name))
 }
 
@@ -65,7 +65,7 @@ fn image_info_saves_what_the_model_sees() -> Result<()> {
 }
 
 /// The vision kit's model with a tokenizer of the test's own.
-fn seeing() -> Result<Tiny> {
+pub fn seeing() -> Result<Tiny> {
     let tiny = Tiny::of("phi3.5-vision", Some(TEMPLATE))?;
     for file in ["clip_vision_config.json", "preprocessor_config.json"] {
         std::fs::copy(fixture("phi3.5-vision").join(file), tiny.file(file))?;

@@ -10,6 +10,7 @@ mod images;
 mod kernels;
 mod library;
 mod look;
+mod parts;
 mod phi_3_small;
 mod quantize;
 mod support;

@@ -1,5 +1,6 @@
 //! The messages of a conversation, in the shape that chat templates expect.
 
+use super::part::{ImageSource, Part};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -49,9 +50,28 @@ impl Message {
     }
 }
 
+impl From<&str> for Message {
+    /// A turn of the user.
+    fn from(text: &str) -> Self {
+        Self::user(text)
+    }
+}
+
+impl From<String> for Message {
+    fn from(text: String) -> Self {
+        Self::user(text)
+    }
+}
+
+impl From<&String> for Message {
+    fn from(text: &String) -> Self {
+        Self::user(text.as_str())
+    }
+}
+
 /// What a turn says.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, try_from = "Value")]
 pub enum Content {
     /// Plain text.
     Text(String),
@@ -60,6 +80,49 @@ pub enum Content {
     /// Nothing, as in a turn that only calls tools; `none` in a template.
     #[default]
     None,
+}
+
+impl Content {
+    /// The images among its parts that say where they come from, in order.
+    pub fn pictures(&self) -> impl Iterator<Item = &ImageSource> {
+        let parts = match self {
+            Self::Parts(parts) => parts.as_slice(),
+            Self::Text(_) | Self::None => &[],
+        };
+        parts.iter().filter_map(|part| match part {
+            Part::Picture(source) => Some(source),
+            Part::Text { .. } | Part::Image => None,
+        })
+    }
+
+    /// As templates know it: of an image only that it is there.
+    pub(super) fn without_sources(&self) -> Self {
+        let Self::Parts(parts) = self else {
+            return self.clone();
+        };
+        let plain = parts.iter().map(|part| match part {
+            Part::Picture(_) => Part::Image,
+            Part::Text { .. } | Part::Image => part.clone(),
+        });
+        Self::Parts(plain.collect())
+    }
+}
+
+impl TryFrom<Value> for Content {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        match value {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Null => Ok(Self::None),
+            Value::Array(parts) => parts
+                .into_iter()
+                .map(|part| Part::deserialize(part).map_err(|error| error.to_string()))
+                .collect::<Result<_, _>>()
+                .map(Self::Parts),
+            _ => Err("content is neither a text nor a list of parts".to_owned()),
+        }
+    }
 }
 
 impl From<&str> for Content {
@@ -78,17 +141,4 @@ impl From<Vec<Part>> for Content {
     fn from(parts: Vec<Part>) -> Self {
         Self::Parts(parts)
     }
-}
-
-/// One part of a turn's content.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-pub enum Part {
-    /// Text.
-    Text {
-        /// The text itself.
-        text: String,
-    },
-    /// An image; where it comes from is none of the template's business.
-    Image,
 }
