@@ -48,7 +48,7 @@ pub struct Args {
     /// layer0.experts (i64), layer0.weights, layer0.moe_in, layer0.moe_out, ….
     #[arg(long)]
     hidden: bool,
-    /// Then continue greedily by N ids: generate_ids [N] and generate_logits [N, vocab], the row
+    /// Then continue greedily by N ids: generate_ids (N) and generate_logits (N, vocab), the row
     /// that chose each.
     #[arg(long, value_name = "N", default_value_t = 0)]
     generate: usize,
