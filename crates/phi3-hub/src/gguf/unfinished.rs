@@ -142,7 +142,7 @@ mod tests {
 
     /// Run by another test, in a process of its own.
     #[test]
-    #[ignore = "takes a minute; run by a_killed_process_leaves_nothing_to_the_next"]
+    #[ignore = "the victim: run as a process of its own by a_killed_process_leaves_nothing_to_the_next"]
     fn writes_until_it_is_killed() {
         if let Some(path) = std::env::var_os(KILLED) {
             let _unfinished = Unfinished::create(Path::new(&path)).unwrap();
