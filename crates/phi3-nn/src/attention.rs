@@ -25,6 +25,24 @@ pub enum AttentionPattern {
 }
 
 impl AttentionPattern {
+    /// The pattern that `sliding_window` of a config.json means.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a window of 0.
+    pub fn from_sliding_window(
+        sliding_window: Option<usize>,
+        max_position_embeddings: usize,
+    ) -> Result<Self> {
+        match sliding_window {
+            Some(0) => Err(Error::config(
+                "sliding_window is 0; a query sees at least itself",
+            )),
+            // A window that no sequence can outgrow hides nothing.
+            Some(window) if window < max_position_embeddings => Ok(Self::SlidingWindow(window)),
+            _ => Ok(Self::Causal),
+        }
+    }
+
     /// Whether the query at position `i` of query head `head` sees the key at position `j`.
     pub fn sees(self, head: usize, i: usize, j: usize) -> bool {
         j <= i

@@ -43,6 +43,102 @@ pub fn from_json<T: DeserializeOwned>(config: &Value) -> Result<T> {
     })
 }
 
+/// Most layers, or experts of a layer: what is allocated for each before any weight is read stays
+/// small.
+pub const MAX_COUNT: usize = 1 << 16;
+
+/// Any other number of a model: far above all of them, while the product of two stays within usize.
+pub const MAX_SIZE: usize = 1 << 28;
+
+/// Checks that every number, given with its name, is from 1 to `limit`.
+///
+/// # Errors
+/// [`Error::Config`] naming the first that is not.
+pub fn check_sizes(limit: usize, sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, size)| !(1..=limit).contains(size)) {
+        Some((name, size)) => Err(Error::config(format!(
+            "{name} is {size}, which is no model's"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Checks that the first number is a multiple of the second, which is not 0.
+///
+/// # Errors
+/// [`Error::Config`] naming both.
+pub fn check_multiple((name, number): (&str, usize), (of, divisor): (&str, usize)) -> Result<()> {
+    match number.is_multiple_of(divisor) {
+        true => Ok(()),
+        false => Err(Error::config(format!(
+            "{name} {number} is not a multiple of {of} {divisor}"
+        ))),
+    }
+}
+
+/// Checks that a number is above 0 and finite.
+///
+/// # Errors
+/// [`Error::Config`] naming it.
+pub fn check_positive(name: &str, number: f64) -> Result<()> {
+    match number.is_finite() && number > 0.0 {
+        true => Ok(()),
+        false => Err(Error::config(format!(
+            "{name} is {number}, not a positive number"
+        ))),
+    }
+}
+
+/// Checks that a number is 0 or above and finite.
+///
+/// # Errors
+/// [`Error::Config`] naming it.
+pub fn check_not_negative(name: &str, number: f64) -> Result<()> {
+    match number.is_finite() && number >= 0.0 {
+        true => Ok(()),
+        false => Err(Error::config(format!("{name} is {number}"))),
+    }
+}
+
+/// Checks that a field, where there is one, has the only value that the model type knows.
+///
+/// # Errors
+/// [`Error::Config`] naming both values.
+pub fn check_only(
+    model_type: &str,
+    name: &str,
+    found: Option<&str>,
+    supported: &str,
+) -> Result<()> {
+    match found {
+        Some(found) if found != supported => Err(Error::config(format!(
+            "{name} `{found}` is not supported; {model_type} uses `{supported}`"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Width of a head: as configured, else `hidden_size / num_attention_heads`. Both are checked before.
+///
+/// # Errors
+/// [`Error::Config`] if the one does not divide the other, or the width is no model's.
+pub fn head_dim(
+    configured: Option<usize>,
+    hidden_size: usize,
+    num_attention_heads: usize,
+) -> Result<usize> {
+    let heads = ("num_attention_heads", num_attention_heads);
+    let head_dim = match configured {
+        Some(head_dim) => head_dim,
+        None => {
+            check_multiple(("hidden_size", hidden_size), heads)?;
+            hidden_size / num_attention_heads
+        }
+    };
+    check_sizes(MAX_COUNT, &[("head_dim", head_dim)])?;
+    Ok(head_dim)
+}
+
 /// The fields of an object, with a note of the one being read.
 struct Fields<'a> {
     rest: map::Iter<'a>,

@@ -2,14 +2,16 @@
 //!
 //! [`Packed::begin`] turns the caller's spans into the rows that really run: a sequence whose keys
 //! must be computed again runs its whole history before its new tokens, inside the same call. The
-//! model then only sees rows, positions and sequences; at the end [`Packed::select_logit_rows`] picks
-//! what the caller asked for and [`Packed::finish`] lengthens the caches.
+//! model then only sees rows, positions and sequences; at the end [`Packed::logits`] gives what the
+//! caller asked for and [`Packed::finish`] lengthens the caches.
 
+use std::fmt::Display;
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::causal_lm::{Input, LogitRows, Observer, Span};
+use crate::embedding::Embedding;
 use crate::error::{Error, Result};
 use crate::kv_cache::{InputSegment, KvCache, SpanPlan};
 use crate::linear::Linear;
@@ -96,29 +98,38 @@ impl<'a, 's> Packed<'a, 's> {
         })
     }
 
-    /// The embeddings of all rows that run, `[n, hidden]`; `embed` gives those of token ids.
+    /// The embeddings of all rows that run, `[n, hidden]`, which the observer is shown as
+    /// `hidden_embed`.
     ///
     /// # Errors
-    /// Those of `embed`.
-    pub fn embed(&self, embed: impl Fn(&[u32]) -> Result<Tensor>) -> Result<Tensor> {
-        if self.plans.iter().all(|plan| plan.span.history == 0) {
-            return match self.input {
-                Input::Ids(ids) => embed(ids),
-                Input::Embeddings(rows) => Ok(rows.clone()),
-            };
-        }
+    /// [`Error::TokenId`], or those of the observer.
+    pub fn embed(&mut self, embed_tokens: &Embedding) -> Result<Tensor> {
+        let x = match self.input {
+            _ if self.plans.iter().any(|plan| plan.span.history > 0) => {
+                self.embed_with_history(embed_tokens)?
+            }
+            Input::Ids(ids) => embed_tokens.forward(ids)?,
+            Input::Embeddings(rows) => rows.clone(),
+        };
+        self.observe("hidden_embed", &x)?;
+        Ok(x)
+    }
+
+    fn embed_with_history(&self, embed_tokens: &Embedding) -> Result<Tensor> {
         let mut pieces = Vec::new();
         for (span, plan) in self.spans.iter().zip(&self.plans) {
             if plan.span.history > 0 {
                 for segment in span.cache.history(plan.span.history)? {
                     pieces.push(match segment {
-                        InputSegment::Ids(ids) => embed(ids)?,
+                        InputSegment::Ids(ids) => embed_tokens.forward(ids)?,
                         InputSegment::Rows(rows) => rows.clone(),
                     });
                 }
             }
             pieces.push(match self.input {
-                Input::Ids(ids) => embed(ids.get(plan.input_rows.clone()).unwrap_or_default())?,
+                Input::Ids(ids) => {
+                    embed_tokens.forward(ids.get(plan.input_rows.clone()).unwrap_or_default())?
+                }
                 Input::Embeddings(rows) => {
                     rows.narrow(0, plan.input_rows.start, plan.input_rows.len())?
                 }
@@ -159,15 +170,15 @@ impl<'a, 's> Packed<'a, 's> {
     }
 
     /// Shows `value`, whose first axis counts the rows that run, to the observer under a name that
-    /// is only made if there is one.
+    /// is only written out if there is one.
     ///
     /// # Errors
     /// Those of the observer.
-    pub fn observe(&mut self, name: impl FnOnce() -> String, value: &Tensor) -> Result<()> {
+    pub fn observe(&mut self, name: impl Display, value: &Tensor) -> Result<()> {
         let Some(observer) = self.observer.as_deref_mut() else {
             return Ok(());
         };
-        let name = name();
+        let name = name.to_string();
         if !observer.wants(&name) {
             return Ok(());
         }
@@ -187,16 +198,11 @@ impl<'a, 's> Packed<'a, 's> {
     ///
     /// # Errors
     /// Those of the observer.
-    pub fn observe_rows(
-        &mut self,
-        name: impl FnOnce() -> String,
-        value: &Tensor,
-        rows: &[u32],
-    ) -> Result<()> {
+    pub fn observe_rows(&mut self, name: impl Display, value: &Tensor, rows: &[u32]) -> Result<()> {
         let Some(observer) = self.observer.as_deref_mut() else {
             return Ok(());
         };
-        let name = name();
+        let name = name.to_string();
         if !observer.wants(&name) {
             return Ok(());
         }
@@ -224,15 +230,28 @@ impl<'a, 's> Packed<'a, 's> {
     /// # Errors
     /// Those of the layer and of the observer.
     pub fn linear(&mut self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
-        self.observe(|| linear.name().to_owned(), x)?;
+        self.observe(linear.name(), x)?;
         linear.forward(x)
     }
 
-    /// The rows of `x` `[n, …]` that the caller wants logits for; `None` if it wants none.
+    /// f32 logits `[rows, vocab_size]` of the rows of `x` `[n, hidden]` that the caller wants; `head`
+    /// gives them, and is not run where the caller wants none.
     ///
     /// # Errors
-    /// [`Error::Candle`] if the rows cannot be taken.
-    pub fn select_logit_rows(&self, x: &Tensor) -> Result<Option<Tensor>> {
+    /// Those of `head`, [`Error::Candle`] if the rows cannot be taken.
+    pub fn logits(
+        &self,
+        x: &Tensor,
+        vocab_size: usize,
+        head: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        Ok(match self.select_logit_rows(x)? {
+            Some(rows) => head(&rows)?.to_dtype(DType::F32)?,
+            None => Tensor::zeros((0, vocab_size), DType::F32, x.device())?,
+        })
+    }
+
+    fn select_logit_rows(&self, x: &Tensor) -> Result<Option<Tensor>> {
         let wanted: Vec<LogitRows> = self.spans.iter().map(|span| span.logits).collect();
         let counts = || {
             wanted
@@ -294,13 +313,4 @@ fn pick_rows(
         [one] => Ok(one.contiguous()?),
         several => Ok(Tensor::cat(several, 0)?),
     }
-}
-
-/// Empty logits, for a call that wants none.
-pub fn no_logits(vocab_size: usize, device: &Device) -> Result<Tensor> {
-    Ok(Tensor::zeros(
-        (0, vocab_size),
-        candle_core::DType::F32,
-        device,
-    )?)
 }

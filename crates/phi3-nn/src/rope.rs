@@ -16,6 +16,7 @@
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
+use crate::config::check_positive;
 use crate::error::{Error, Result};
 use crate::host;
 
@@ -61,6 +62,16 @@ pub struct RopeScalingConfig {
 }
 
 impl RopeScalingConfig {
+    /// Base of the frequencies: where it stands inside, else outside, else the default.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is not positive.
+    pub fn theta(&self, outside: Option<f64>, default: f64) -> Result<f64> {
+        let theta = self.rope_theta.or(outside).unwrap_or(default);
+        check_positive("rope_theta", theta)?;
+        Ok(theta)
+    }
+
     /// The rope type by its current name: "default" or "longrope".
     ///
     /// # Errors
@@ -128,6 +139,14 @@ pub struct RopeParameters {
     pub rotary_dim: usize,
     /// LongRoPE, if the model has it.
     pub long: Option<LongRope>,
+}
+
+impl RopeParameters {
+    /// Length that splits the regimes, if there are two.
+    pub fn original_max_position_embeddings(&self) -> Option<usize> {
+        let long = self.long.as_ref()?;
+        Some(long.original_max_position_embeddings)
+    }
 }
 
 /// LongRoPE's part of [`RopeParameters`].

@@ -1,5 +1,6 @@
 //! config.json of model_type `phimoe`.
 
+use phi3_nn::config::{self, MAX_COUNT, MAX_SIZE};
 use phi3_nn::rope::{LongRope, RopeKind, RopeParameters, RopeScalingConfig};
 use phi3_nn::{AttentionPattern, CacheSpec, CacheStore, Error, ModelInfo, Recompute, Result};
 use serde::Deserialize;
@@ -115,7 +116,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] naming the field that is missing, malformed or unsupported.
     pub fn from_json(config: &serde_json::Value) -> Result<Self> {
-        phi3_nn::config::from_json::<RawConfig>(config)?.try_into()
+        config::from_json::<RawConfig>(config)?.try_into()
     }
 
     /// What a caller may want to know of the model.
@@ -126,7 +127,7 @@ impl Config {
             hidden_size: self.hidden_size,
             num_hidden_layers: self.num_hidden_layers,
             max_position_embeddings: self.max_position_embeddings,
-            original_max_position_embeddings: self.rope_limit(),
+            original_max_position_embeddings: self.rope.original_max_position_embeddings(),
         }
     }
 
@@ -136,16 +137,11 @@ impl Config {
             patterns: vec![self.attention; self.num_hidden_layers],
             num_key_value_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
-            rope_limit: self.rope_limit(),
+            rope_limit: self.rope.original_max_position_embeddings(),
             recompute: Recompute::Always,
             max_len: self.max_position_embeddings,
             store,
         }
-    }
-
-    fn rope_limit(&self) -> Option<usize> {
-        let long = self.rope.long.as_ref();
-        long.map(|long| long.original_max_position_embeddings)
     }
 }
 
@@ -154,71 +150,43 @@ impl TryFrom<RawConfig> for Config {
 
     fn try_from(raw: RawConfig) -> Result<Self> {
         let num_key_value_heads = raw.num_key_value_heads.unwrap_or(raw.num_attention_heads);
-        for (name, value, limit) in [
-            // The limits are far above any model. They keep every product of two within usize, and
-            // what is allocated per layer before any weight is read small.
-            ("num_hidden_layers", raw.num_hidden_layers, 1 << 16),
-            ("num_local_experts", raw.num_local_experts, 1 << 16),
-            ("num_experts_per_tok", raw.num_experts_per_tok, 1 << 16),
-            ("hidden_size", raw.hidden_size, 1 << 28),
-            ("intermediate_size", raw.intermediate_size, 1 << 28),
-            ("num_attention_heads", raw.num_attention_heads, 1 << 28),
-            ("num_key_value_heads", num_key_value_heads, 1 << 28),
-            ("vocab_size", raw.vocab_size, 1 << 28),
-            (
-                "max_position_embeddings",
-                raw.max_position_embeddings,
-                1 << 28,
-            ),
-        ] {
-            if value == 0 || value > limit {
-                return Err(Error::config(format!(
-                    "{name} is {value}, which is no model's"
-                )));
-            }
-        }
+        let heads = ("num_attention_heads", raw.num_attention_heads);
+        let kv_heads = ("num_key_value_heads", num_key_value_heads);
+        config::check_sizes(
+            MAX_COUNT,
+            &[
+                ("num_hidden_layers", raw.num_hidden_layers),
+                ("num_local_experts", raw.num_local_experts),
+                ("num_experts_per_tok", raw.num_experts_per_tok),
+            ],
+        )?;
+        config::check_sizes(
+            MAX_SIZE,
+            &[
+                ("hidden_size", raw.hidden_size),
+                ("intermediate_size", raw.intermediate_size),
+                heads,
+                kv_heads,
+                ("vocab_size", raw.vocab_size),
+                ("max_position_embeddings", raw.max_position_embeddings),
+            ],
+        )?;
         if raw.num_experts_per_tok > raw.num_local_experts {
             return Err(Error::config(format!(
                 "num_experts_per_tok {} is more than num_local_experts {}",
                 raw.num_experts_per_tok, raw.num_local_experts
             )));
         }
-        if !raw.num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return Err(Error::config(format!(
-                "num_attention_heads {} is not a multiple of num_key_value_heads {num_key_value_heads}",
-                raw.num_attention_heads
-            )));
-        }
-        let head_dim = match raw.head_dim {
-            Some(head_dim) => head_dim,
-            None if raw.hidden_size.is_multiple_of(raw.num_attention_heads) => {
-                raw.hidden_size / raw.num_attention_heads
-            }
-            None => {
-                return Err(Error::config(format!(
-                    "hidden_size {} is not a multiple of num_attention_heads {}",
-                    raw.hidden_size, raw.num_attention_heads
-                )));
-            }
-        };
-        if head_dim == 0 || head_dim > 1 << 16 || !head_dim.is_multiple_of(2) {
+        config::check_multiple(heads, kv_heads)?;
+        let head_dim = config::head_dim(raw.head_dim, raw.hidden_size, raw.num_attention_heads)?;
+        if !head_dim.is_multiple_of(2) {
             return Err(Error::config(format!(
                 "head_dim is {head_dim}, which is no model's"
             )));
         }
-        for (name, value) in [
-            ("rms_norm_eps", raw.rms_norm_eps),
-            ("router_jitter_noise", raw.router_jitter_noise),
-        ] {
-            if !(value.is_finite() && value >= 0.0) {
-                return Err(Error::config(format!("{name} is {value}")));
-            }
-        }
-        if let Some(act) = raw.hidden_act.as_deref().filter(|act| *act != "silu") {
-            return Err(Error::config(format!(
-                "hidden_act `{act}` is not supported; phimoe uses `silu`"
-            )));
-        }
+        config::check_not_negative("rms_norm_eps", raw.rms_norm_eps)?;
+        config::check_not_negative("router_jitter_noise", raw.router_jitter_noise)?;
+        config::check_only("phimoe", "hidden_act", raw.hidden_act.as_deref(), "silu")?;
         if raw.tie_word_embeddings {
             return Err(Error::config(
                 "tie_word_embeddings is not supported; phimoe has a head of its own",
@@ -243,7 +211,10 @@ impl TryFrom<RawConfig> for Config {
             max_position_embeddings: raw.max_position_embeddings,
             rms_norm_eps: raw.rms_norm_eps,
             rope: rope_parameters(&raw, head_dim)?,
-            attention: attention_pattern(&raw)?,
+            attention: AttentionPattern::from_sliding_window(
+                raw.sliding_window,
+                raw.max_position_embeddings,
+            )?,
             attention_bias: raw.attention_bias,
             lm_head_bias: raw.lm_head_bias,
         })
@@ -257,15 +228,7 @@ fn rope_parameters(raw: &RawConfig, head_dim: usize) -> Result<RopeParameters> {
         .as_ref()
         .or(raw.rope_scaling.as_ref())
         .unwrap_or(&none);
-    let theta = scaling
-        .rope_theta
-        .or(raw.rope_theta)
-        .unwrap_or(DEFAULT_THETA);
-    if !(theta.is_finite() && theta > 0.0) {
-        return Err(Error::config(format!(
-            "rope_theta is {theta}, not a positive number"
-        )));
-    }
+    let theta = scaling.theta(raw.rope_theta, DEFAULT_THETA)?;
     let partial = scaling.partial_rotary_factor.or(raw.partial_rotary_factor);
     if let Some(partial) = partial.filter(|partial| *partial != 1.0) {
         return Err(Error::config(format!(
@@ -297,17 +260,4 @@ fn rope_parameters(raw: &RawConfig, head_dim: usize) -> Result<RopeParameters> {
         rotary_dim: head_dim,
         long,
     })
-}
-
-fn attention_pattern(raw: &RawConfig) -> Result<AttentionPattern> {
-    match raw.sliding_window {
-        Some(0) => Err(Error::config(
-            "sliding_window is 0; a query sees at least itself",
-        )),
-        // A window that no sequence can outgrow hides nothing.
-        Some(window) if window < raw.max_position_embeddings => {
-            Ok(AttentionPattern::SlidingWindow(window))
-        }
-        _ => Ok(AttentionPattern::Causal),
-    }
 }

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
-use phi3_nn::packed::no_logits;
+use candle_core::Tensor;
 use phi3_nn::{
     AttentionParams, CacheSpec, CausalLm, Embedding, Input, KvCache, LayerNorm, Linear, ModelInfo,
     Observer, Packed, Result, RopeTables, RotaryEmbedding, Span, Weights, attention,
@@ -94,10 +93,10 @@ impl SparseMoe {
 
     fn forward(&self, x: &Tensor, packed: &mut Packed<'_, '_>) -> Result<Tensor> {
         let layer_idx = self.layer_idx;
-        packed.observe(|| format!("layer{layer_idx}.moe_in"), x)?;
+        packed.observe(format_args!("layer{layer_idx}.moe_in"), x)?;
         let (routing, weights) = self.router.forward(x, packed)?;
         let y = self.experts.forward(x, &routing, &weights, packed)?; // [n, hidden]
-        packed.observe(|| format!("layer{layer_idx}.moe_out"), &y)?;
+        packed.observe(format_args!("layer{layer_idx}.moe_out"), &y)?;
         Ok(y)
     }
 }
@@ -135,13 +134,13 @@ impl DecoderLayer {
         let attended = self
             .self_attn
             .forward(&self.input_layernorm.forward(x)?, rope, packed)?;
-        packed.observe(|| format!("hidden_layer{layer_idx}_attn"), &attended)?;
+        packed.observe(format_args!("hidden_layer{layer_idx}_attn"), &attended)?;
         let x = (x + attended)?;
         let mixed = self
             .moe
             .forward(&self.post_attention_layernorm.forward(&x)?, packed)?;
         let x = (x + mixed)?;
-        packed.observe(|| format!("hidden_layer{layer_idx}"), &x)?;
+        packed.observe(format_args!("hidden_layer{layer_idx}"), &x)?;
         Ok(x)
     }
 }
@@ -182,11 +181,6 @@ impl Model {
             info: config.info(),
         })
     }
-
-    /// Geometry and rules of this model's caches.
-    pub fn cache_spec(&self) -> &CacheSpec {
-        &self.cache_spec
-    }
 }
 
 impl CausalLm for Model {
@@ -209,19 +203,16 @@ impl CausalLm for Model {
         observer: Option<&mut dyn Observer>,
     ) -> Result<Tensor> {
         let mut packed = Packed::begin(input, spans, observer)?;
-        let mut x = packed.embed(|ids| self.embed_tokens.forward(ids))?; // [n, hidden]
-        packed.observe(|| "hidden_embed".to_owned(), &x)?;
+        let mut x = packed.embed(&self.embed_tokens)?; // [n, hidden]
         let rope = self.rotary.tables(packed.positions(), x.device())?;
         for layer in &self.layers {
             x = layer.forward(&x, &rope, &mut packed)?;
         }
-        packed.observe(|| "hidden_layer_last".to_owned(), &x)?;
+        packed.observe("hidden_layer_last", &x)?;
         let x = self.norm.forward(&x)?;
-        packed.observe(|| "hidden_final_norm".to_owned(), &x)?;
-        let logits = match packed.select_logit_rows(&x)? {
-            Some(rows) => self.lm_head.forward(&rows)?.to_dtype(DType::F32)?, // [rows, vocab]
-            None => no_logits(self.info.vocab_size, x.device())?,
-        };
+        packed.observe("hidden_final_norm", &x)?;
+        let vocab = self.info.vocab_size;
+        let logits = packed.logits(&x, vocab, |rows| self.lm_head.forward(rows))?; // [rows, vocab]
         packed.finish()?;
         Ok(logits)
     }

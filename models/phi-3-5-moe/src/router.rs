@@ -271,7 +271,7 @@ impl Router {
         let (experts, top_k) = (self.num_experts, self.top_k);
         let routing = Routing::of(self.kind, &host, experts, top_k, self.jitter);
         let layer = self.layer_idx;
-        packed.observe(|| format!("layer{layer}.router_logits"), &scores)?;
+        packed.observe(format_args!("layer{layer}.router_logits"), &scores)?;
         let shape = (routing.rows(), top_k);
         let weights = if scores.track_op() {
             self.tracked_weights(&scores, &host, &routing)?
@@ -280,8 +280,8 @@ impl Router {
         }; // [n, K]
         if packed.is_observed() {
             let experts = Tensor::from_vec(routing.experts.clone(), shape, scores.device())?;
-            packed.observe(|| format!("layer{layer}.experts"), &experts)?;
-            packed.observe(|| format!("layer{layer}.weights"), &weights)?;
+            packed.observe(format_args!("layer{layer}.experts"), &experts)?;
+            packed.observe(format_args!("layer{layer}.weights"), &weights)?;
         }
         Ok((routing, weights))
     }

@@ -1,6 +1,6 @@
 //! config.json of model_type `phi3_v`.
 
-use phi3_nn::{CacheSpec, CacheStore, Error, ModelInfo, Result};
+use phi3_nn::{CacheSpec, CacheStore, Error, ModelInfo, Result, config};
 use serde::Deserialize;
 
 /// What config.json says of images; the decoder's fields stand beside these.
@@ -73,7 +73,7 @@ impl Config {
     pub fn from_json(config: &serde_json::Value) -> Result<Self> {
         Ok(Self {
             decoder: phi_3_mini::Config::from_json(config)?,
-            vision: phi3_nn::config::from_json::<RawConfig>(config)?.try_into()?,
+            vision: config::from_json::<RawConfig>(config)?.try_into()?,
         })
     }
 
@@ -127,11 +127,7 @@ impl TryFrom<RawConfig> for VisionConfig {
                 "quick_gelu",
             ),
         ] {
-            if let Some(found) = found.as_deref().filter(|found| *found != supported) {
-                return Err(Error::config(format!(
-                    "{name} `{found}` is not supported; phi3_v has `{supported}`"
-                )));
-            }
+            config::check_only("phi3_v", name, found.as_deref(), supported)?;
         }
         for (name, found) in [
             ("use_hd_transform", embd_layer.use_hd_transform),
@@ -147,11 +143,7 @@ impl TryFrom<RawConfig> for VisionConfig {
             }
         }
         let layer_norm_eps = vision_config.layer_norm_eps.unwrap_or(1e-5);
-        if !(layer_norm_eps.is_finite() && layer_norm_eps >= 0.0) {
-            return Err(Error::config(format!(
-                "vision_config.layer_norm_eps is {layer_norm_eps}"
-            )));
-        }
+        config::check_not_negative("vision_config.layer_norm_eps", layer_norm_eps)?;
         if vision_config.num_attention_heads == Some(0) {
             return Err(Error::config("vision_config.num_attention_heads is 0"));
         }

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
-use phi3_nn::packed::no_logits;
+use candle_core::Tensor;
 use phi3_nn::{
     AttentionParams, CacheSpec, CausalLm, Embedding, GatedMlp, Input, KvCache, Linear, ModelInfo,
     Observer, Packed, Result, RmsNorm, RopeTables, RotaryEmbedding, Span, Weights, attention,
@@ -102,13 +101,13 @@ impl DecoderLayer {
         let attended = self
             .self_attn
             .forward(&self.input_layernorm.forward(x)?, rope, packed)?;
-        packed.observe(|| format!("hidden_layer{layer_idx}_attn"), &attended)?;
+        packed.observe(format_args!("hidden_layer{layer_idx}_attn"), &attended)?;
         let x = (x + attended)?;
         let inner = self
             .mlp
             .forward(&self.post_attention_layernorm.forward(&x)?, packed)?;
         let x = (x + inner)?;
-        packed.observe(|| format!("hidden_layer{layer_idx}"), &x)?;
+        packed.observe(format_args!("hidden_layer{layer_idx}"), &x)?;
         Ok(x)
     }
 }
@@ -188,19 +187,16 @@ impl CausalLm for Model {
         observer: Option<&mut dyn Observer>,
     ) -> Result<Tensor> {
         let mut packed = Packed::begin(input, spans, observer)?;
-        let mut x = packed.embed(|ids| self.embed_tokens.forward(ids))?; // [n, hidden]
-        packed.observe(|| "hidden_embed".to_owned(), &x)?;
+        let mut x = packed.embed(&self.embed_tokens)?; // [n, hidden]
         let rope = self.rotary.tables(packed.positions(), x.device())?;
         for layer in &self.layers {
             x = layer.forward(&x, &rope, &mut packed)?;
         }
-        packed.observe(|| "hidden_layer_last".to_owned(), &x)?;
+        packed.observe("hidden_layer_last", &x)?;
         let x = self.norm.forward(&x)?;
-        packed.observe(|| "hidden_final_norm".to_owned(), &x)?;
-        let logits = match packed.select_logit_rows(&x)? {
-            Some(rows) => self.lm_head.forward(&rows)?.to_dtype(DType::F32)?, // [rows, vocab]
-            None => no_logits(self.info.vocab_size, x.device())?,
-        };
+        packed.observe("hidden_final_norm", &x)?;
+        let vocab = self.info.vocab_size;
+        let logits = packed.logits(&x, vocab, |rows| self.lm_head.forward(rows))?; // [rows, vocab]
         packed.finish()?;
         Ok(logits)
     }

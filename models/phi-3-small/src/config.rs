@@ -1,5 +1,6 @@
 //! config.json of model_type `phi3small`.
 
+use phi3_nn::config::{self, MAX_COUNT, MAX_SIZE};
 use phi3_nn::rope::{LongRope, RopeKind, RopeParameters, RopeScalingConfig};
 use phi3_nn::{
     AttentionPattern, BlockSparseLayout, CacheSpec, CacheStore, Error, ModelInfo, Recompute, Result,
@@ -122,7 +123,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] naming the field that is missing, malformed or unsupported.
     pub fn from_json(config: &serde_json::Value) -> Result<Self> {
-        phi3_nn::config::from_json::<RawConfig>(config)?.try_into()
+        config::from_json::<RawConfig>(config)?.try_into()
     }
 
     /// What a query of the layer sees.
@@ -143,7 +144,7 @@ impl Config {
             hidden_size: self.hidden_size,
             num_hidden_layers: self.num_hidden_layers,
             max_position_embeddings: self.max_position_embeddings,
-            original_max_position_embeddings: self.rope_limit(),
+            original_max_position_embeddings: self.rope.original_max_position_embeddings(),
         }
     }
 
@@ -155,16 +156,11 @@ impl Config {
                 .collect(),
             num_key_value_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
-            rope_limit: self.rope_limit(),
+            rope_limit: self.rope.original_max_position_embeddings(),
             recompute: Recompute::Never,
             max_len: self.max_position_embeddings,
             store,
         }
-    }
-
-    fn rope_limit(&self) -> Option<usize> {
-        let long = self.rope.long.as_ref();
-        long.map(|long| long.original_max_position_embeddings)
     }
 }
 
@@ -173,53 +169,28 @@ impl TryFrom<RawConfig> for Config {
 
     fn try_from(raw: RawConfig) -> Result<Self> {
         let intermediate_size = intermediate_size(&raw)?;
-        for (name, value) in [
-            ("hidden_size", raw.hidden_size),
-            ("ff_intermediate_size", intermediate_size),
-            ("num_hidden_layers", raw.num_hidden_layers),
-            ("num_attention_heads", raw.num_attention_heads),
-            ("num_key_value_heads", raw.num_key_value_heads),
-            ("vocab_size", raw.vocab_size),
-            ("max_position_embeddings", raw.max_position_embeddings),
-            ("blocksparse_block_size", raw.blocksparse_block_size),
-            (
-                "blocksparse_num_local_blocks",
-                raw.blocksparse_num_local_blocks,
-            ),
-            ("blocksparse_vert_stride", raw.blocksparse_vert_stride),
-        ] {
-            // The bounds are far above any model. They keep every product of two within usize, and
-            // what is allocated per layer before any weight is read small.
-            let limit = if name == "num_hidden_layers" {
-                1 << 16
-            } else {
-                1 << 28
-            };
-            if value == 0 || value > limit {
-                return Err(Error::config(format!(
-                    "{name} is {value}, which is no model's"
-                )));
-            }
-        }
-        for (name, number, of) in [
-            (
-                "num_attention_heads",
-                raw.num_attention_heads,
-                ("num_key_value_heads", raw.num_key_value_heads),
-            ),
-            (
-                "hidden_size",
-                raw.hidden_size,
-                ("num_attention_heads", raw.num_attention_heads),
-            ),
-        ] {
-            if !number.is_multiple_of(of.1) {
-                let (of, divisor) = of;
-                return Err(Error::config(format!(
-                    "{name} {number} is not a multiple of {of} {divisor}"
-                )));
-            }
-        }
+        let heads = ("num_attention_heads", raw.num_attention_heads);
+        let kv_heads = ("num_key_value_heads", raw.num_key_value_heads);
+        config::check_sizes(MAX_COUNT, &[("num_hidden_layers", raw.num_hidden_layers)])?;
+        config::check_sizes(
+            MAX_SIZE,
+            &[
+                ("hidden_size", raw.hidden_size),
+                ("ff_intermediate_size", intermediate_size),
+                heads,
+                kv_heads,
+                ("vocab_size", raw.vocab_size),
+                ("max_position_embeddings", raw.max_position_embeddings),
+                ("blocksparse_block_size", raw.blocksparse_block_size),
+                (
+                    "blocksparse_num_local_blocks",
+                    raw.blocksparse_num_local_blocks,
+                ),
+                ("blocksparse_vert_stride", raw.blocksparse_vert_stride),
+            ],
+        )?;
+        config::check_multiple(heads, kv_heads)?;
+        let head_dim = config::head_dim(None, raw.hidden_size, raw.num_attention_heads)?;
         for (name, number) in [
             ("rope_embedding_base", raw.rope_embedding_base),
             ("rope_position_scale", raw.rope_position_scale),
@@ -228,23 +199,11 @@ impl TryFrom<RawConfig> for Config {
             ("mup_embedding_multiplier", raw.mup_embedding_multiplier),
             ("mup_attn_multiplier", raw.mup_attn_multiplier),
         ] {
-            if !(number.is_finite() && number > 0.0) {
-                return Err(Error::config(format!(
-                    "{name} is {number}, not a positive number"
-                )));
-            }
+            config::check_positive(name, number)?;
         }
-        if !(raw.layer_norm_epsilon.is_finite() && raw.layer_norm_epsilon >= 0.0) {
-            return Err(Error::config(format!(
-                "layer_norm_epsilon is {}",
-                raw.layer_norm_epsilon
-            )));
-        }
-        if let Some(act) = raw.hidden_act.as_deref().filter(|act| *act != "gegelu") {
-            return Err(Error::config(format!(
-                "hidden_act `{act}` is not supported; phi3small uses `gegelu`"
-            )));
-        }
+        config::check_not_negative("layer_norm_epsilon", raw.layer_norm_epsilon)?;
+        let act = raw.hidden_act.as_deref();
+        config::check_only("phi3small", "hidden_act", act, "gegelu")?;
         let layout = BlockSparseLayout::new(
             raw.num_attention_heads,
             raw.blocksparse_block_size,
@@ -253,7 +212,6 @@ impl TryFrom<RawConfig> for Config {
             raw.blocksparse_homo_head_pattern,
         )
         .ok_or_else(|| Error::config("a number of the block-sparse pattern is 0"))?;
-        let head_dim = raw.hidden_size / raw.num_attention_heads;
         let attention_scale = if raw.mup_use_scaling {
             raw.mup_attn_multiplier / head_dim as f64
         } else {
