@@ -91,11 +91,7 @@ impl Plan {
         let tied = config.get("tie_word_embeddings").and_then(Json::as_bool);
         // The default of its config class; those of the others are untied.
         let tied = tied.unwrap_or(architecture == Architecture::Phi3Small);
-        let wanted = match architecture {
-            Architecture::Phimoe => expected_moe(layers, config, names, source)?,
-            Architecture::Phi3Small => expected_small(layers, tied, names, source)?,
-            Architecture::Phi3 | Architecture::Llama => expected(layers, tied, names, source)?,
-        };
+        let wanted = expected(architecture, layers, tied, config, names, source)?;
         let ignored =
             |name: &str| name.ends_with("rotary_emb.inv_freq") || tied && name == "lm_head.weight";
         for name in names {
@@ -168,143 +164,100 @@ impl Plan {
     }
 }
 
+/// The tensors that a model must have, in the order of the file.
+struct Expected<'a> {
+    names: &'a BTreeSet<String>,
+    source: &'a dyn TensorSource,
+    found: Vec<String>,
+}
+
+impl Expected<'_> {
+    fn tensor(&mut self, name: String) -> Result<()> {
+        if !self.names.contains(&name) {
+            return Err(Error::MissingTensor {
+                tensor: name,
+                origin: self.source.origin(),
+            });
+        }
+        self.found.push(name);
+        Ok(())
+    }
+
+    fn layer(&mut self, name: &str, bias: bool) -> Result<()> {
+        self.tensor(format!("{name}.weight"))?;
+        match bias {
+            true => self.tensor(format!("{name}.bias")),
+            false => Ok(()),
+        }
+    }
+}
+
 /// Every tensor of a model, in the order of the file.
 ///
 /// # Errors
 /// The first that is missing: no more names are made up than the source has.
 fn expected(
+    architecture: Architecture,
     layers: usize,
     tied: bool,
-    names: &BTreeSet<String>,
-    source: &dyn TensorSource,
-) -> Result<Vec<String>> {
-    const LAYER: [&str; 6] = [
-        "input_layernorm",
-        "self_attn.qkv_proj",
-        "self_attn.o_proj",
-        "post_attention_layernorm",
-        "mlp.gate_up_proj",
-        "mlp.down_proj",
-    ];
-    let mut wanted = Vec::new();
-    let mut want = |name: String| {
-        if names.contains(&name) {
-            wanted.push(name);
-            Ok(())
-        } else {
-            Err(Error::MissingTensor {
-                tensor: name,
-                origin: source.origin(),
-            })
-        }
-    };
-    want("model.embed_tokens.weight".to_owned())?;
-    for layer in 0..layers {
-        for name in LAYER {
-            want(format!("model.layers.{layer}.{name}.weight"))?;
-        }
-    }
-    want("model.norm.weight".to_owned())?;
-    if !tied {
-        want("lm_head.weight".to_owned())?;
-    }
-    Ok(wanted)
-}
-
-/// [`expected`] of a mixture of experts.
-fn expected_moe(
-    layers: usize,
     config: &Json,
     names: &BTreeSet<String>,
     source: &dyn TensorSource,
 ) -> Result<Vec<String>> {
+    let (attention, mlp, last_norm): (&[&str], &[&str], _) = match architecture {
+        Architecture::Phi3 | Architecture::Llama => (
+            &["qkv_proj", "o_proj"],
+            &["gate_up_proj", "down_proj"],
+            "norm",
+        ),
+        Architecture::Phi3Small => (
+            &["query_key_value", "dense"],
+            &["up_proj", "down_proj"],
+            "final_layernorm",
+        ),
+        Architecture::Phimoe => (&["q_proj", "k_proj", "v_proj", "o_proj"], &[], "norm"),
+    };
+    let (small, moe) = (
+        architecture == Architecture::Phi3Small,
+        architecture == Architecture::Phimoe,
+    );
     let flag = |name: &str| config.get(name).and_then(Json::as_bool) == Some(true);
+    let (norm_bias, attention_bias) = (small || moe, small || moe && flag("attention_bias"));
+    // The default of the reference's config class is 16.
     let experts = config.get("num_local_experts").and_then(Json::as_u64);
-    let mut wanted = Vec::new();
-    let mut want = |name: String| {
-        if names.contains(&name) {
-            wanted.push(name);
-            return Ok(());
-        }
-        Err(Error::MissingTensor {
-            tensor: name,
-            origin: source.origin(),
-        })
+    let experts = experts.unwrap_or(16);
+
+    let mut all = Expected {
+        names,
+        source,
+        found: Vec::new(),
     };
-    let both = |want: &mut dyn FnMut(String) -> Result<()>, name: &str, bias: bool| {
-        want(format!("{name}.weight"))?;
-        if bias {
-            want(format!("{name}.bias"))
-        } else {
-            Ok(())
-        }
-    };
-    want("model.embed_tokens.weight".to_owned())?;
+    all.layer("model.embed_tokens", false)?;
     for layer in 0..layers {
         let layer = format!("model.layers.{layer}");
-        both(&mut want, &format!("{layer}.input_layernorm"), true)?;
-        for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
-            let name = format!("{layer}.self_attn.{name}");
-            both(&mut want, &name, flag("attention_bias"))?;
+        all.layer(&format!("{layer}.input_layernorm"), norm_bias)?;
+        for name in attention {
+            all.layer(&format!("{layer}.self_attn.{name}"), attention_bias)?;
         }
-        both(
-            &mut want,
-            &format!("{layer}.post_attention_layernorm"),
-            true,
-        )?;
-        let moe = format!("{layer}.block_sparse_moe");
-        want(format!("{moe}.gate.weight"))?;
-        for matrix in ["w1", "w3", "w2"] {
-            // The default of the reference's config class is 16.
-            for expert in 0..experts.unwrap_or(16) {
-                want(format!("{moe}.experts.{expert}.{matrix}.weight"))?;
+        all.layer(&format!("{layer}.post_attention_layernorm"), norm_bias)?;
+        for name in mlp {
+            all.layer(&format!("{layer}.mlp.{name}"), small)?;
+        }
+        if moe {
+            let moe = format!("{layer}.block_sparse_moe");
+            all.layer(&format!("{moe}.gate"), false)?;
+            for matrix in ["w1", "w3", "w2"] {
+                for expert in 0..experts {
+                    all.layer(&format!("{moe}.experts.{expert}.{matrix}"), false)?;
+                }
             }
         }
     }
-    both(&mut want, "model.norm", true)?;
-    both(&mut want, "lm_head", flag("lm_head_bias"))?;
-    Ok(wanted)
-}
-
-/// [`expected`] of Phi-3-small.
-fn expected_small(
-    layers: usize,
-    tied: bool,
-    names: &BTreeSet<String>,
-    source: &dyn TensorSource,
-) -> Result<Vec<String>> {
-    const LAYER: [&str; 6] = [
-        "input_layernorm",
-        "self_attn.query_key_value",
-        "self_attn.dense",
-        "post_attention_layernorm",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ];
-    let mut wanted = Vec::new();
-    let mut want = |name: String| {
-        if names.contains(&name) {
-            wanted.push(name);
-            return Ok(());
-        }
-        Err(Error::MissingTensor {
-            tensor: name,
-            origin: source.origin(),
-        })
-    };
-    want("model.embed_tokens.weight".to_owned())?;
-    for layer in 0..layers {
-        for name in LAYER {
-            want(format!("model.layers.{layer}.{name}.weight"))?;
-            want(format!("model.layers.{layer}.{name}.bias"))?;
-        }
+    all.layer(&format!("model.{last_norm}"), norm_bias)?;
+    if moe || !tied {
+        all.layer("lm_head", moe && flag("lm_head_bias"))?;
     }
-    want("model.final_layernorm.weight".to_owned())?;
-    want("model.final_layernorm.bias".to_owned())?;
-    if !tied {
-        want("lm_head.weight".to_owned())?;
-    }
-    Ok(wanted)
+    Ok(all.found)
 }
 
 /// A tensor that must be there.
