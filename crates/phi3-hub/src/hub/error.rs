@@ -35,6 +35,19 @@ pub enum HubError {
         /// The hub.
         endpoint: String,
     },
+    /// 404 without the reason that a hub gives with it.
+    #[error(
+        "{endpoint} answered 404 for {repo_id} at revision {revision:?} without saying why: check the \
+         spelling of both, and that this is the address of a model hub (HF_ENDPOINT)"
+    )]
+    NotFound {
+        /// The repo.
+        repo_id: String,
+        /// The revision asked for.
+        revision: String,
+        /// The hub.
+        endpoint: String,
+    },
     /// The repo has no such branch, tag or commit.
     #[error(
         "{repo_id} has no revision {revision:?}: give a branch, tag or commit that {page}/commits lists"

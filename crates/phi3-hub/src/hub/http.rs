@@ -302,8 +302,14 @@ impl Client {
             }
             .into(),
             (404, Some("EntryNotFound"), Some(file)) => not_found(file, "").into(),
-            (404, Some("RepoNotFound"), _) | (404, _, None) => HubError::RepoNotFound {
+            (404, Some("RepoNotFound"), _) => HubError::RepoNotFound {
                 repo_id,
+                endpoint: self.base.clone(),
+            }
+            .into(),
+            (404, _, None) => HubError::NotFound {
+                repo_id,
+                revision,
                 endpoint: self.base.clone(),
             }
             .into(),

@@ -235,6 +235,19 @@ fn a_gated_repo() {
 }
 
 #[test]
+fn a_404_without_a_reason_names_all_that_may_be_wrong() {
+    let hub = Hub::with_hook(repo(&weights(1000, 0.5)), |_, _| Reply::new(404));
+    let client = Client::new();
+    let source = Source::parse(REPO, Some("v1")).unwrap();
+    let error = hub_error(download(&source, &client.options(&hub)));
+    assert!(matches!(error, HubError::NotFound { .. }), "{error}");
+    let text = error.to_string();
+    for part in [REPO, "v1", &hub.address, "HF_ENDPOINT"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
 fn three_kinds_of_404() {
     let hub = Hub::start(repo(&weights(1000, 0.5)));
     let client = Client::new();
