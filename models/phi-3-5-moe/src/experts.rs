@@ -202,7 +202,7 @@ fn expert_of(
 impl Expert {
     fn forward(&self, x: &Tensor, rows: &[u32], packed: &mut Packed<'_, '_>) -> Result<Tensor> {
         for name in &self.inputs {
-            packed.observe_rows(&name, x, rows)?;
+            packed.observe_rows(name, x, rows)?;
         }
         let inner = silu_mul(&self.gate_up.forward(x)?)?; // [rows, I]
         packed.observe_rows(self.down.name(), &inner, rows)?;
