@@ -158,7 +158,8 @@ fn check(
     }
     if ids.len() < options.window {
         return fail(format!(
-            "the text has {} tokens, less than one window of {}",
+            "the text has {} tokens, less than one window of {}: take a longer text or a smaller window \
+             (--window)",
             ids.len(),
             options.window
         ));
