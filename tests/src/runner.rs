@@ -1,7 +1,11 @@
 //! One runner for every model: the reference's goldens, and the forward contract.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use anyhow::{Context, Result, ensure};
-use phi3_nn::{CausalLm, Input, KvCache, LogitRows, Recompute, Span};
+use candle_core::Tensor;
+use phi3_nn::{CausalLm, Error, Input, KvCache, LogitRows, Observer, Recompute, Span};
 
 use crate::golden::Kit;
 use crate::parity::{
@@ -203,6 +207,30 @@ pub fn check_contract(model: &dyn CausalLm, sequences: &[Vec<u32>]) -> Result<()
             &alone[alone.len() - vocab..],
         )?;
 
+        // An interrupted call changes nothing, however far it came; nor does one flag of two end it.
+        let mut interrupter = Interrupter::default();
+        let flag = Arc::clone(&interrupter.flag);
+        let mut cut = model.new_cache();
+        let spans = &mut [Span::new(len, &mut cut).interrupted_by(&flag)];
+        let result = model.forward(Input::Ids(ids), spans, Some(&mut interrupter));
+        ensure!(
+            matches!(result, Err(Error::Interrupted)),
+            "a raised flag does not end the call"
+        );
+        ensure!(cut.is_empty(), "an interrupted call changed the length");
+        let mut beside = model.new_cache();
+        let both = [ids.as_slice(), ids].concat();
+        let spans = &mut [
+            Span::new(len, &mut cut).interrupted_by(&flag),
+            Span::new(len, &mut beside).with_logits(LogitRows::None),
+        ];
+        let found = model.forward(Input::Ids(&both), spans, None)?;
+        close(
+            "after an interruption",
+            &found.flatten_all()?.to_vec1::<f32>()?,
+            &alone[alone.len() - vocab..],
+        )?;
+
         // A failed call changes nothing; then truncated and continued as if never longer.
         ensure!(
             step(model, &mut cache, &[u32::MAX]).is_err(),
@@ -238,6 +266,25 @@ pub fn check_contract(model: &dyn CausalLm, sequences: &[Vec<u32>]) -> Result<()
         }
     }
     check_staggered(model, sequences, &alone)
+}
+
+/// Raises the flag when the first layer has run.
+#[derive(Default)]
+struct Interrupter {
+    flag: Arc<AtomicBool>,
+}
+
+impl Observer for Interrupter {
+    fn wants(&self, name: &str) -> bool {
+        if name == "hidden_layer0" {
+            self.flag.store(true, Ordering::Relaxed);
+        }
+        false
+    }
+
+    fn observe(&mut self, _: &str, _: &Tensor) -> phi3_nn::Result<()> {
+        Ok(())
+    }
 }
 
 /// Sequences of different lengths decode in one batch while others join with their prompt: each

@@ -26,7 +26,7 @@ struct State {
 /// What a shell expects of a program that Ctrl-C ended: 128 + SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
 
-/// How long Ctrl-C may seem to do nothing: a step over a long prompt can take longer.
+/// How long Ctrl-C may seem to do nothing: looking at pictures, or quantizing a tensor, can take longer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// From now on Ctrl-C cancels this answer; pressed again before the answer has stopped it ends the

@@ -6,6 +6,8 @@
 //! sequence against its own cache. A span starts where its cache ends, so its first position is
 //! [`KvCache::len`].
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::Tensor;
 
 use crate::error::Result;
@@ -74,6 +76,8 @@ pub struct Span<'a> {
     pub reaches: Option<usize>,
     /// Rows to compute logits for.
     pub logits: LogitRows,
+    /// Raised by another thread when nobody waits for this sequence any more.
+    pub interrupt: Option<&'a AtomicBool>,
 }
 
 impl<'a> Span<'a> {
@@ -84,6 +88,7 @@ impl<'a> Span<'a> {
             cache,
             reaches: None,
             logits: LogitRows::Last,
+            interrupt: None,
         }
     }
 
@@ -97,6 +102,18 @@ impl<'a> Span<'a> {
     pub fn reaching(mut self, total: usize) -> Self {
         self.reaches = Some(total);
         self
+    }
+
+    /// The same span, whose sequence `flag` interrupts: the call ends early, with
+    /// [`crate::Error::Interrupted`], when that is true of every span.
+    pub fn interrupted_by(mut self, flag: &'a AtomicBool) -> Self {
+        self.interrupt = Some(flag);
+        self
+    }
+
+    pub(crate) fn is_interrupted(&self) -> bool {
+        let raised = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        self.interrupt.is_some_and(raised)
     }
 }
 
@@ -160,7 +177,8 @@ pub trait CausalLm: Send + Sync {
     ///
     /// # Errors
     /// [`crate::Error::Batch`] if the spans do not add up to the input or exceed the model's
-    /// maximum length, [`crate::Error::TokenId`], or a failing tensor operation.
+    /// maximum length, [`crate::Error::TokenId`], [`crate::Error::Interrupted`], or a failing tensor
+    /// operation.
     fn forward(
         &self,
         input: Input<'_>,

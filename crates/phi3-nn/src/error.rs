@@ -54,6 +54,9 @@ pub enum Error {
     /// The caller's batch is not well-formed.
     #[error("batch: {0}")]
     Batch(String),
+    /// Every sequence of the batch was interrupted ([`crate::Span::interrupted_by`]).
+    #[error("interrupted")]
+    Interrupted,
     /// A token id outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     TokenId {

@@ -120,6 +120,8 @@ impl<'m> Generator<'m> {
         }
         match self.forward() {
             Ok(logits) => self.sample(logits),
+            // All that took part are cancelled: the next round ends them.
+            Err(Error::Model(phi3_nn::Error::Interrupted)) => {}
             Err(error) => {
                 // Every sequence took part in the call, and would fail again.
                 self.live.clear();

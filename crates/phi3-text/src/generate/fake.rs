@@ -1,10 +1,13 @@
 //! A model whose answers a test knows: logits depend on the last id and its position alone.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 use phi3_nn::{CacheSpec, CacheStore, CausalLm, Input, KvCache, LogitRows, ModelInfo};
 use phi3_nn::{Observer, Packed, Recompute, Span};
+
+use super::CancelToken;
 
 /// What one span of a call brought: start, ids, known length, whether it wanted logits.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +35,8 @@ pub(super) struct FakeModel {
     calls: Mutex<Vec<Vec<SeenSpan>>>,
     /// The call that fails.
     pub(super) fails_at: Option<usize>,
+    /// The call during which somebody cancels.
+    pub(super) cancelled_at: Option<(usize, CancelToken)>,
 }
 
 impl FakeModel {
@@ -59,6 +64,7 @@ impl FakeModel {
             rule,
             calls: Mutex::default(),
             fails_at: None,
+            cancelled_at: None,
         }
     }
 
@@ -115,6 +121,13 @@ impl CausalLm for FakeModel {
         let mut calls = self.calls.lock().unwrap();
         if self.fails_at == Some(calls.len()) {
             return Err(phi3_nn::Error::config("the device is gone"));
+        }
+        if let Some((_, token)) = self.cancelled_at.as_ref().filter(|it| it.0 == calls.len()) {
+            token.cancel();
+        }
+        let raised = |span: &Span<'_>| span.interrupt.is_some_and(|it| it.load(Ordering::Relaxed));
+        if spans.iter().all(raised) {
+            return Err(phi3_nn::Error::Interrupted);
         }
         let (mut seen, mut rows) = (Vec::new(), Vec::new());
         let mut rest = ids.as_slice();

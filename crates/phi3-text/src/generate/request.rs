@@ -81,7 +81,8 @@ impl CancelToken {
         Self::default()
     }
 
-    /// Raises the flag: the sequence ends before its next forward call.
+    /// Raises the flag: the sequence ends before its next forward call, or within the one under way
+    /// if every other sequence of it is cancelled too.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -89,6 +90,10 @@ impl CancelToken {
     /// Whether the flag is raised.
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn flag(&self) -> &AtomicBool {
+        &self.0
     }
 }
 

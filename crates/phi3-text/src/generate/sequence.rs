@@ -186,7 +186,8 @@ impl<'m> Sequence<'m> {
         // A prompt in chunks is known to reach its end; LongRoPE then chooses its factors once.
         let span = Span::new(self.rows, &mut self.cache)
             .with_logits(rows)
-            .reaching(self.ids.len());
+            .reaching(self.ids.len())
+            .interrupted_by(self.cancel.flag());
         (ids, span)
     }
 

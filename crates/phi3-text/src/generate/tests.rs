@@ -295,6 +295,38 @@ fn cancelling() {
 }
 
 #[test]
+fn cancelling_ends_a_call_that_nobody_else_waits_for() {
+    let tokenizer = sentencepiece();
+    let run = |beside: Option<Request>| {
+        let mut model = FakeModel::new(300, 500, Rule::Mixed);
+        let request = Request {
+            keep_cache: true,
+            ..seeded(&[5; 20], 1, 4)
+        };
+        // The second call reads the second chunk of the prompt.
+        model.cancelled_at = Some((1, request.cancel.clone()));
+        let mut generator = Generator::new(&model, &tokenizer).with_prefill_rows(8);
+        if let Some(beside) = beside {
+            generator.add(beside).unwrap();
+        }
+        let number = generator.add(request).unwrap();
+        let mut reasons = Vec::new();
+        for event in &mut generator {
+            if let EventKind::Finished(finished) = event.unwrap().kind {
+                reasons.push(finished.reason);
+            }
+        }
+        let kept = generator.take_cache(number).unwrap().cache().len();
+        (reasons, kept)
+    };
+    assert_eq!(run(None), (vec![FinishReason::Cancelled], 8));
+    // With another sequence in it the call goes on to its end.
+    let (reasons, kept) = run(Some(seeded(&[6; 3], 1, 2)));
+    assert_eq!(reasons, [FinishReason::Length, FinishReason::Cancelled]);
+    assert_eq!(kept, 5 + 8);
+}
+
+#[test]
 fn cancelling_gives_withheld_text_back() {
     let tokenizer = byte_level();
     let model = scripted(&[1], b"ab#c", None);
