@@ -166,7 +166,8 @@ impl Hyperparameters {
         let rope_scaling = self.rope_scaling(container, &keys)?;
         let original = match keys.optional("rope.scaling.original_context_length")? {
             Some(original) => original,
-            None if rope_scaling.is_none() => self.context,
+            // Without two lists nothing changes at any length.
+            None if container.tensor(ROPE_FACTORS_LONG).is_none() => self.context,
             None => {
                 return Err(Error::MissingKey {
                     key: keys.key("rope.scaling.original_context_length"),
@@ -229,7 +230,6 @@ impl Hyperparameters {
     }
 
     fn rope_scaling(&self, container: &Container, keys: &Keys<'_>) -> Result<Option<Json>> {
-        self.refuse_frequencies(container)?;
         let factors = |name: &str| -> Result<Option<Vec<Json>>> {
             let Some(tensor) = container.tensor(name) else {
                 return Ok(None);
@@ -251,13 +251,34 @@ impl Hyperparameters {
                 None => Ok(Some(values.into_iter().map(number).collect())),
             }
         };
-        let (short, long) = match (factors(ROPE_FACTORS_SHORT)?, factors(ROPE_FACTORS_LONG)?) {
-            (None, None) => {
+        let one = Json::from(1.0);
+        let frequencies = factors(ROPE_FREQUENCIES)?.filter(|all| all.iter().any(|f| *f != one));
+        let given = (factors(ROPE_FACTORS_SHORT)?, factors(ROPE_FACTORS_LONG)?);
+        let (short, long) = match (frequencies, given) {
+            (None, (None, None)) => {
                 keys.refuse_scaling(&["none"])?;
                 return Ok(None);
             }
-            (Some(short), Some(long)) => (short, long),
-            (short, _) => {
+            // Llama 3.1's scaling divides each frequency by one factor at every length: LongRoPE whose
+            // lists are the same, and whose attention factor is 1.
+            (Some(factors), (None, None)) if self.architecture == Architecture::Llama => {
+                keys.refuse_scaling(&["none"])?;
+                return Ok(Some(json!({
+                    "type": "longrope",
+                    "short_factor": factors,
+                    "long_factor": factors,
+                    "attention_factor": 1.0,
+                })));
+            }
+            (Some(_), _) => {
+                return Err(Error::Unsupported {
+                    what: format!("tensor {ROPE_FREQUENCIES:?} with factors other than 1"),
+                    reason: "only Llama 3.1 and later have it, and no other rope factors"
+                        .to_owned(),
+                });
+            }
+            (None, (Some(short), Some(long))) => (short, long),
+            (None, (short, _)) => {
                 let [missing, present] = match short {
                     Some(_) => [ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT],
                     None => [ROPE_FACTORS_SHORT, ROPE_FACTORS_LONG],
@@ -278,25 +299,6 @@ impl Hyperparameters {
             scaling.insert("attention_factor".to_owned(), factor.into());
         }
         Ok(Some(scaling.into()))
-    }
-
-    fn refuse_frequencies(&self, container: &Container) -> Result<()> {
-        let Some(tensor) = container.tensor(ROPE_FREQUENCIES) else {
-            return Ok(());
-        };
-        let expected = self.rotary_dim / 2;
-        if tensor.shape.iter().product::<usize>() == expected
-            && weights::values(container, tensor)?
-                .iter()
-                .all(|&v| v == 1.0)
-        {
-            return Ok(());
-        }
-        Err(Error::Unsupported {
-            what: format!("tensor {ROPE_FREQUENCIES:?} with factors other than 1"),
-            reason: "it is the rope scaling of Llama 3.1 and later, which Phi-3 does not have"
-                .to_owned(),
-        })
     }
 }
 

@@ -1,4 +1,5 @@
 use phi3_kernels::BlockType;
+use phi3_nn::rope::{LongRope, RopeScalingConfig};
 
 use super::*;
 use crate::gguf::testing::{HEAD_DIM, Model};
@@ -180,19 +181,47 @@ fn other_rope_scaling_is_refused() {
 }
 
 #[test]
-fn llama_3_frequencies_are_refused_unless_they_change_nothing() {
+fn llama_3_frequencies_are_longrope_with_the_same_factors_at_every_length() {
     let mut model = Model::apart("llama");
     model.add_f32("rope_freqs.weight", &[1.0; HEAD_DIM / 2]);
     assert_eq!(config(&model)["rope_scaling"], Json::Null);
-    let mut model = Model::apart("llama");
+
     let mut factors = [1.0; HEAD_DIM / 2];
-    factors[7] = 8.0;
+    (factors[7], factors[8]) = (2.5, 8.0);
+    let mut model = Model::apart("llama");
     model.add_f32("rope_freqs.weight", &factors);
-    let text = error(&model);
-    assert!(
-        text.contains("rope_freqs.weight") && text.contains("Llama 3.1"),
-        "{text}"
-    );
+    let config = config(&model);
+    let raw: RopeScalingConfig = serde_json::from_value(config["rope_scaling"].clone()).unwrap();
+    let original = config["original_max_position_embeddings"].as_u64().unwrap();
+    let context = config["max_position_embeddings"].as_u64().unwrap();
+    assert_eq!(original, context, "no sequence is computed again");
+    let long = LongRope::from_config(&raw, HEAD_DIM, Some(original as usize), context as usize);
+    let long = long.unwrap();
+    let factors = factors.map(f64::from);
+    assert_eq!(long.short_factor, factors);
+    assert_eq!(long.long_factor, factors);
+    assert_eq!((long.short_mscale, long.long_mscale), (1.0, 1.0));
+}
+
+#[test]
+fn llama_3_frequencies_are_refused_where_they_cannot_be_meant() {
+    let factors = [8.0; HEAD_DIM / 2];
+    let mut phi3 = Model::apart("phi3");
+    phi3.add_f32("rope_freqs.weight", &factors);
+    let mut both = Model::apart("llama");
+    for name in ["rope_freqs", "rope_factors_long", "rope_factors_short"] {
+        both.add_f32(&format!("{name}.weight"), &factors);
+    }
+    for model in [phi3, both] {
+        let text = error(&model);
+        assert!(
+            text.contains("rope_freqs.weight") && text.contains("Llama 3.1"),
+            "{text}"
+        );
+    }
+    let mut short = Model::apart("llama");
+    short.add_f32("rope_freqs.weight", &[8.0; HEAD_DIM / 4]);
+    assert!(error(&short).contains("half the rotated dimensions"));
 }
 
 #[test]
