@@ -218,9 +218,17 @@ impl From<DTypeArg> for DType {
 
 /// Opens the files of the model that the flags name, downloading what is missing.
 pub fn open(source: &SourceArgs) -> Result<Checkpoint> {
+    open_by(phi3::hub::open, source)
+}
+
+/// [`open`] in one of the forms that leave weights out.
+pub fn open_by(
+    form: fn(&Source, &HubOptions) -> Result<Checkpoint, phi3::hub::Error>,
+    source: &SourceArgs,
+) -> Result<Checkpoint> {
     let open = || {
         let parsed = Source::parse(&source.model, source.hub.revision.as_deref())?;
-        phi3::hub::open(&parsed, &source.hub.options())
+        form(&parsed, &source.hub.options())
     };
     open().with_context(|| format!("opening {}", source.model))
 }

@@ -12,11 +12,14 @@ use phi3::{CacheType, ModelConfig};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::args::{PositionalSourceArgs, open};
+use crate::args::{PositionalSourceArgs, open, open_by};
 use crate::output;
 
 /// Prints architecture, parameters, context, rope, quantization, size and estimated memory; with
 /// --router instead which experts a prompt takes.
+///
+/// Of a model on the hub the small files and the headers of its safetensors files are fetched; a .gguf
+/// file, and what --router runs, as a whole.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -40,10 +43,11 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let checkpoint = open(&args.source.source())?;
+    let source = args.source.source();
     if let Some(prompt) = &args.router {
-        return router::run(&checkpoint, prompt, args.json);
+        return router::run(&open(&source)?, prompt, args.json);
     }
+    let checkpoint = open_by(phi3::hub::open_headers, &source)?;
     let report = Report::new(&checkpoint, args.context, args.cache_type, args.tensors);
     if args.json {
         output::print(&format!("{}\n", serde_json::to_string_pretty(&report)?))

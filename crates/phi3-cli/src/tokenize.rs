@@ -7,10 +7,12 @@ use phi3::hub::Checkpoint;
 use phi3::text::{Content, Message, Part, Tokenizer};
 use phi3::{load_template, load_tokenizer, with_image_tags};
 
-use crate::args::{SourceArgs, open};
+use crate::args::{SourceArgs, open_by};
 use crate::{input, output};
 
 /// Prints one line per token: its id, and the token as it stands in the vocabulary.
+///
+/// The weights of a model are not needed, and not fetched, unless it is a .gguf file.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -41,7 +43,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let checkpoint = open(&args.source)?;
+    let checkpoint = open_by(phi3::hub::open_without_weights, &args.source)?;
     let tokenizer = load_tokenizer(&checkpoint)?.ok_or_else(|| phi3::Error::NoTokenizer {
         origin: checkpoint.origin.clone(),
     })?;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phi3_nn::weights::TensorSource;
+use phi3_nn::weights::{MemorySource, TensorSource};
 use serde_json::Value;
 
 use crate::config::{
@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::error::Error;
 use crate::gguf;
-use crate::hub::{HubOptions, download};
+use crate::hub::{HubOptions, Seen, download, download_small, look};
 use crate::safetensors::SafetensorsSource;
 use crate::source::Source;
 
@@ -93,11 +93,42 @@ pub struct TensorEntry {
 /// # Errors
 /// Whatever is wrong with the download or the files, see [`Error`].
 pub fn open(source: &Source, options: &HubOptions) -> Result<Checkpoint, Error> {
-    let path = download(source, options)?;
-    if path.is_dir() {
-        open_folder(&path)
-    } else {
-        gguf::open(&path)
+    open_path(&download(source, options)?)
+}
+
+fn open_path(path: &Path) -> Result<Checkpoint, Error> {
+    match path.is_dir() {
+        true => open_folder(path),
+        false => gguf::open(path),
+    }
+}
+
+/// Opens a model for its configuration and texts alone: [`Checkpoint::weights`] and
+/// [`Checkpoint::tensors`] are empty, and the weights of a repo in Hugging Face's layout are neither
+/// needed nor downloaded.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_without_weights(source: &Source, options: &HubOptions) -> Result<Checkpoint, Error> {
+    let path = download_small(source, options)?;
+    match gguf_of(&path)? {
+        Some(path) => gguf::open(&path),
+        None => small_files(&path),
+    }
+}
+
+/// Opens a model to look at it: [`Checkpoint::tensors`] lists what it has, but where that is on the
+/// hub in Hugging Face's layout only the headers are read, and [`Checkpoint::weights`] is empty.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_headers(source: &Source, options: &HubOptions) -> Result<Checkpoint, Error> {
+    match look(source, options)? {
+        Seen::Here(path) => open_path(&path),
+        Seen::Remote { folder, tensors } => Ok(Checkpoint {
+            tensors,
+            ..small_files(&folder)?
+        }),
     }
 }
 
@@ -107,11 +138,29 @@ pub fn open(source: &Source, options: &HubOptions) -> Result<Checkpoint, Error> 
 /// # Errors
 /// See [`Error`]; a folder whose only weights are pickles is refused.
 pub fn open_folder(folder: &Path) -> Result<Checkpoint, Error> {
-    if !folder.join("config.json").exists()
-        && let Some(path) = single_gguf(folder)?
-    {
+    if let Some(path) = gguf_of(folder)? {
         return gguf::open(&path);
     }
+    let small = small_files(folder)?;
+    let weights = SafetensorsSource::open(folder)?;
+    Ok(Checkpoint {
+        tensors: weights.entries(),
+        weights: Arc::new(weights),
+        ..small
+    })
+}
+
+/// The GGUF file that a path stands for.
+fn gguf_of(path: &Path) -> Result<Option<PathBuf>, Error> {
+    match path {
+        _ if !path.is_dir() => Ok(Some(path.to_owned())),
+        _ if path.join("config.json").exists() => Ok(None),
+        _ => single_gguf(path),
+    }
+}
+
+/// A folder's files except the weights.
+fn small_files(folder: &Path) -> Result<Checkpoint, Error> {
     let config = match read_json(&folder.join("config.json"), MAX_CONFIG) {
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::MissingFile {
@@ -127,7 +176,6 @@ pub fn open_folder(folder: &Path) -> Result<Checkpoint, Error> {
     let config = with_vision_config(config, optional("clip_vision_config.json")?);
     let tokenizer_config = optional("tokenizer_config.json")?;
     let chat_template = chat_template(folder, tokenizer_config.as_ref())?;
-    let weights = SafetensorsSource::open(folder)?;
     Ok(Checkpoint {
         config,
         generation_config: optional("generation_config.json")?,
@@ -139,8 +187,8 @@ pub fn open_folder(folder: &Path) -> Result<Checkpoint, Error> {
             tiktoken: tiktoken(folder)?,
         },
         chat_template,
-        tensors: weights.entries(),
-        weights: Arc::new(weights),
+        tensors: Vec::new(),
+        weights: Arc::new(MemorySource::new()),
         origin: folder.display().to_string(),
     })
 }

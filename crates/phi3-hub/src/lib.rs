@@ -38,7 +38,8 @@ mod source;
 mod tiktoken;
 
 pub use checkpoint::{
-    ChatTemplateSource, Checkpoint, TensorEntry, TokenizerFiles, open, open_folder,
+    ChatTemplateSource, Checkpoint, TensorEntry, TokenizerFiles, open, open_folder, open_headers,
+    open_without_weights,
 };
 pub use config::{parse_json, read_bytes, read_json};
 pub use disk::free_space;

@@ -168,6 +168,29 @@ fn once_downloaded_everything_runs_without_the_hub() -> Result<()> {
 }
 
 #[test]
+fn looking_and_tokenizing_leave_the_weights_on_the_hub() -> Result<()> {
+    let tiny = Tiny::new()?;
+    let home = tempfile::tempdir()?;
+    let hub = Hub::serve(tiny.path())?;
+    let local = arg(tiny.path());
+    let run = |args: &[&str]| run_with(b"hello\n", &mut hub.command(home.path(), args));
+    for args in [&["tokenize", "--model"][..], &["inspect", "--tensors"]] {
+        let expected = run(&[args, &[&local]].concat())?;
+        let got = run(&[args, &["org/tiny"]].concat())?;
+        ensure!(got.code == Some(DONE), "{got:?}");
+        // The first line of a description is where the model is.
+        let rest = |text: &str| text.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+        ensure!(
+            rest(&got.stdout) == rest(&expected.stdout),
+            "{got:?} {expected:?}"
+        );
+        ensure!(!got.stderr.contains("model.safetensors"), "{got:?}");
+    }
+    run(&["generate", "--offline", "--model", "org/tiny"])?
+        .says(NO_MODEL, &["model.safetensors", "phi3 download org/tiny"])
+}
+
+#[test]
 fn revisions_caches_and_repos_that_are_not_there() -> Result<()> {
     let tiny = Tiny::new()?;
     let home = tempfile::tempdir()?;

@@ -8,6 +8,7 @@ use super::cache::{RepoCache, error as cache_error, is_commit, is_commit_hash};
 use super::error::HubError;
 use super::http::{About, Client, Metadata};
 use super::listing::{Listing, Selection, Want};
+use super::look::Seen;
 use super::options::HubOptions;
 use super::transfer::{self, Job};
 use crate::checkpoint::files_with_suffix;
@@ -25,25 +26,25 @@ use crate::source::{Source, check_repo_id};
 /// # Errors
 /// [`Error::Hub`] with the reason, or what is wrong with the repo's content.
 pub fn download(source: &Source, options: &HubOptions) -> Result<PathBuf, Error> {
-    match source {
-        Source::Folder(path) | Source::Gguf(path) => Ok(path.clone()),
-        Source::Hub {
-            repo_id,
-            revision,
-            gguf_file,
-        } => {
-            check(repo_id, revision)?;
-            let want = gguf_file.as_deref().map_or(Want::Model, Want::File);
-            let cache = RepoCache::new(options.cache_folder()?, repo_id);
-            Download {
-                repo_id,
-                revision,
-                want,
-                cache,
-                options,
-            }
-            .run()
-        }
+    match Download::of(source, options, Want::Model)? {
+        Ok(download) => download.run(),
+        Err(path) => Ok(path),
+    }
+}
+
+/// [`download`] of the small files alone, if the model is one in Hugging Face's layout.
+pub(crate) fn download_small(source: &Source, options: &HubOptions) -> Result<PathBuf, Error> {
+    match Download::of(source, options, Want::Small)? {
+        Ok(download) => download.run(),
+        Err(path) => Ok(path),
+    }
+}
+
+/// What the model consists of; the weights are not fetched for that.
+pub(crate) fn look(source: &Source, options: &HubOptions) -> Result<Seen, Error> {
+    match Download::of(source, options, Want::Model)? {
+        Ok(download) => download.look(),
+        Err(path) => Ok(Seen::Here(path)),
     }
 }
 
@@ -62,7 +63,7 @@ fn check(repo_id: &str, revision: &str) -> Result<(), Error> {
     Ok(())
 }
 
-struct Download<'a> {
+pub(super) struct Download<'a> {
     repo_id: &'a str,
     revision: &'a str,
     want: Want<'a>,
@@ -70,51 +71,103 @@ struct Download<'a> {
     options: &'a HubOptions,
 }
 
+/// What the hub says a repo has, or what is used in its stead.
+pub(super) enum Listed {
+    Found(Box<Client>, Listing),
+    Cached(PathBuf),
+}
+
+impl<'a> Download<'a> {
+    /// The download that brings `source`, or where it is already. One file of a repo is that file,
+    /// whatever else is wanted.
+    fn of(
+        source: &'a Source,
+        options: &'a HubOptions,
+        want: Want<'a>,
+    ) -> Result<Result<Self, PathBuf>, Error> {
+        match source {
+            Source::Folder(path) | Source::Gguf(path) => Ok(Err(path.clone())),
+            Source::Hub {
+                repo_id,
+                revision,
+                gguf_file,
+            } => {
+                check(repo_id, revision)?;
+                Ok(Ok(Self {
+                    repo_id,
+                    revision,
+                    want: gguf_file.as_deref().map_or(want, Want::File),
+                    cache: RepoCache::new(options.cache_folder()?, repo_id),
+                    options,
+                }))
+            }
+        }
+    }
+}
+
 impl Download<'_> {
     fn run(&self) -> Result<PathBuf, Error> {
+        match self.list()? {
+            Listed::Cached(path) => Ok(path),
+            Listed::Found(client, listing) => self.fetch(&client, &listing),
+        }
+    }
+
+    pub(super) fn about(&self) -> About<'_> {
+        About {
+            repo_id: self.repo_id,
+            revision: self.revision,
+            file: None,
+        }
+    }
+
+    pub(super) fn snapshot(&self, commit: &str) -> PathBuf {
+        self.cache.snapshot(commit)
+    }
+
+    pub(super) fn list(&self) -> Result<Listed, Error> {
         if self.options.offline {
-            return self.cached()?.map_err(|file| self.not_cached(file).into());
+            let cached = self.cached()?;
+            return Ok(Listed::Cached(
+                cached.map_err(|file| self.not_cached(file))?,
+            ));
         }
         if is_commit_hash(self.revision)
             && let Ok(path) = self.cached()?
             && has_tokenizer(&path)?
         {
-            return Ok(path);
+            return Ok(Listed::Cached(path));
         }
         let client = Client::new(self.options)?;
-        let about = About {
-            repo_id: self.repo_id,
-            revision: self.revision,
-            file: None,
-        };
-        let listing = match Listing::fetch(&client, about) {
-            Ok(listing) => listing,
-            Err(error) if error.is_unreachable() => {
-                return match self.cached()? {
-                    Ok(path) => {
-                        tracing::warn!(%error, model = self.repo_id, "using what is in the cache");
-                        Ok(path)
-                    }
-                    Err(_) => Err(error.into()),
-                };
-            }
-            Err(error) => return Err(error.into()),
-        };
-        self.fetch(&client, &listing)
+        match Listing::fetch(&client, self.about()) {
+            Ok(listing) => Ok(Listed::Found(Box::new(client), listing)),
+            Err(error) if error.is_unreachable() => match self.cached()? {
+                Ok(path) => {
+                    tracing::warn!(%error, model = self.repo_id, "using what is in the cache");
+                    Ok(Listed::Cached(path))
+                }
+                Err(_) => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
     }
 
-    fn fetch(&self, client: &Client, listing: &Listing) -> Result<PathBuf, Error> {
-        let about = About {
-            repo_id: self.repo_id,
-            revision: self.revision,
-            file: None,
-        };
-        let selection = listing.select(self.want, about)?;
-        let commit = self.commit(client, listing, &selection)?;
+    /// The commit, and the files of it that are needed.
+    pub(super) fn select(
+        &self,
+        client: &Client,
+        listing: &Listing,
+    ) -> Result<(String, Selection), Error> {
+        let selection = listing.select(self.want, self.about())?;
+        Ok((self.commit(client, listing, &selection)?, selection))
+    }
+
+    pub(super) fn fetch(&self, client: &Client, listing: &Listing) -> Result<PathBuf, Error> {
+        let (commit, selection) = self.select(client, listing)?;
         // From here on by commit, so that a branch that moves meanwhile mixes nothing.
         let about = About {
             revision: &commit,
-            ..about
+            ..self.about()
         };
         let snapshot = self.cache.snapshot(&commit);
         let path = match selection {
@@ -124,6 +177,13 @@ impl Download<'_> {
                     self.ensure(client, about, file)?;
                 }
                 snapshot
+            }
+            Selection::Small(files) => {
+                for file in &files {
+                    self.ensure(client, about, file)?;
+                }
+                self.remember(&commit)?;
+                return Ok(snapshot);
             }
             Selection::Sharded(files) => {
                 for file in &files {
@@ -139,6 +199,15 @@ impl Download<'_> {
         Ok(path)
     }
 
+    /// Lets the revision's name lead to a commit of which only the small files are here, unless it
+    /// leads to one already, which may be complete.
+    pub(super) fn remember(&self, commit: &str) -> Result<(), HubError> {
+        match self.cache.commit(self.revision) {
+            Some(_) => Ok(()),
+            None => self.cache.write_ref(self.revision, commit),
+        }
+    }
+
     /// The commit that the revision stands for: from the listing, else from a file's headers.
     fn commit(
         &self,
@@ -149,7 +218,7 @@ impl Download<'_> {
         let commit = match (&listing.commit, selection) {
             (Some(commit), _) => Some(commit.clone()),
             (None, Selection::Gguf(file)) => self.head(client, file)?.commit,
-            (None, Selection::Single(_) | Selection::Sharded(_)) => {
+            (None, Selection::Single(_) | Selection::Sharded(_) | Selection::Small(_)) => {
                 self.head(client, "config.json")?.commit
             }
         };
@@ -176,7 +245,12 @@ impl Download<'_> {
     }
 
     /// Makes sure that one file of the snapshot is there.
-    fn ensure(&self, client: &Client, about: About<'_>, file: &str) -> Result<PathBuf, Error> {
+    pub(super) fn ensure(
+        &self,
+        client: &Client,
+        about: About<'_>,
+        file: &str,
+    ) -> Result<PathBuf, Error> {
         let snapshot = self.cache.snapshot(about.revision);
         let pointer = names::inside(&snapshot, file).ok_or_else(|| Error::UnsafeName {
             origin: self.repo_id.to_owned(),
@@ -226,7 +300,7 @@ impl Download<'_> {
     /// Where the cache has what is wanted, or the first file that it lacks.
     fn cached(&self) -> Result<Result<PathBuf, String>, Error> {
         let first = match self.want {
-            Want::Model => "config.json",
+            Want::Model | Want::Small => "config.json",
             Want::File(file) => file,
         };
         let Some(commit) = self.cache.commit(self.revision) else {
@@ -238,6 +312,9 @@ impl Download<'_> {
             return Ok(path.ok_or_else(|| file.to_owned()));
         }
         let has = |file: &str| snapshot.join(file).is_file();
+        if matches!(self.want, Want::Small) && has("config.json") && has_tokenizer(&snapshot)? {
+            return Ok(Ok(snapshot));
+        }
         if !has(SINGLE) && !has(INDEX) {
             let gguf = files_with_suffix(&snapshot, ".gguf")?;
             return Ok(match gguf.as_slice() {

@@ -25,6 +25,8 @@ pub(crate) struct Listing {
 pub(crate) enum Want<'a> {
     /// The model in Hugging Face's layout, or the only GGUF file.
     Model,
+    /// The same without weights, where they are in files of their own.
+    Small,
     /// One file.
     File(&'a str),
 }
@@ -36,6 +38,8 @@ pub(crate) enum Selection {
     Single(Vec<String>),
     /// Small files, then an index that names the weights' files.
     Sharded(Vec<String>),
+    /// Small files alone.
+    Small(Vec<String>),
     /// One GGUF file.
     Gguf(String),
 }
@@ -121,6 +125,9 @@ impl Listing {
                 origin: format!("the file list of {}", about.repo_id),
                 name: name.clone(),
             });
+        }
+        if matches!(want, Want::Small) {
+            return Ok(Selection::Small(files));
         }
         // Weights come last: where they are, everything is.
         if has(SINGLE) {

@@ -17,12 +17,15 @@ mod error;
 mod failure;
 mod http;
 mod listing;
+mod look;
 mod options;
 mod progress;
 mod transfer;
 mod url;
 
 pub use download::download;
+pub(crate) use download::{download_small, look};
 pub use error::HubError;
+pub(crate) use look::Seen;
 pub use options::{HubOptions, RetryPolicy};
 pub use progress::{NoProgress, Progress, TerminalProgress};

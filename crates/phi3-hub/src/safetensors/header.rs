@@ -9,11 +9,6 @@ use serde::{Deserialize, Serialize};
 
 use super::error::SafetensorsError;
 
-/// Longest header that the format allows, in bytes.
-const MAX_HEADER: u64 = 100_000_000;
-/// Bytes of the length field in front of the header.
-pub(crate) const PREFIX: usize = 8;
-
 /// One tensor as the header lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
@@ -37,6 +32,11 @@ pub struct Header {
 }
 
 impl Header {
+    /// Bytes of the length field in front of the header.
+    pub(crate) const PREFIX: usize = 8;
+    /// Longest header that the format allows, in bytes.
+    pub(crate) const MAX_LEN: u64 = 100_000_000;
+
     /// Parses and checks the header of a whole file.
     ///
     /// # Errors
@@ -44,7 +44,13 @@ impl Header {
     /// another form, names given twice, offsets that do not match shape and dtype, lie outside the
     /// file, overlap or leave gaps.
     pub fn parse(file: &[u8]) -> Result<Self, SafetensorsError> {
-        let (json, data_start) = split(file)?;
+        Self::parse_start(file, file.len() as u64)
+    }
+
+    /// [`Header::parse`] of a file of `len` bytes of which only the first are at hand, up to the end of
+    /// the header at least.
+    pub(crate) fn parse_start(start: &[u8], len: u64) -> Result<Self, SafetensorsError> {
+        let (json, data_start) = split(start, len)?;
         let raw: RawHeader = serde_json::from_slice(json).map_err(|error| {
             let text = error.to_string();
             let place = format!(" at line {} column {}", error.line(), error.column());
@@ -64,13 +70,13 @@ impl Header {
                 tensor: name.clone(),
             });
         }
-        let data = (file.len() - data_start) as u64;
+        let data = len - data_start as u64;
         let mut tensors = Vec::with_capacity(raw.tensors.len());
         for (name, entry) in raw.tensors {
             tensors.push(entry.check(name, data, data_start)?);
         }
         tensors.sort_by_key(|tensor| (tensor.range.start, tensor.range.end));
-        check_contiguous(&tensors, data_start, file.len())?;
+        check_contiguous(&tensors, data_start, len)?;
         Ok(Self {
             tensors,
             metadata: raw.metadata,
@@ -79,35 +85,33 @@ impl Header {
 }
 
 /// The header's JSON, and where the data begin.
-fn split(file: &[u8]) -> Result<(&[u8], usize), SafetensorsError> {
-    let Some((prefix, rest)) = file.split_first_chunk::<PREFIX>() else {
-        return Err(SafetensorsError::TooShort {
-            found: file.len() as u64,
-        });
+fn split(start: &[u8], file_len: u64) -> Result<(&[u8], usize), SafetensorsError> {
+    let Some((prefix, rest)) = start.split_first_chunk::<{ Header::PREFIX }>() else {
+        return Err(SafetensorsError::TooShort { found: file_len });
     };
     let header = u64::from_le_bytes(*prefix);
-    let found = rest.len() as u64;
-    if header > MAX_HEADER {
+    let found = file_len.saturating_sub(Header::PREFIX as u64);
+    if header > Header::MAX_LEN {
         return Err(SafetensorsError::HeaderTooLarge {
             header,
-            limit: MAX_HEADER,
+            limit: Header::MAX_LEN,
         });
     }
     let len = usize::try_from(header).unwrap_or(usize::MAX);
-    let Some(json) = rest.get(..len) else {
+    let Some(json) = rest.get(..len).filter(|_| header <= found) else {
         return Err(SafetensorsError::HeaderOutside { header, found });
     };
     if json.first() != Some(&b'{') {
         return Err(SafetensorsError::NotSafetensors);
     }
-    Ok((json, PREFIX + len))
+    Ok((json, Header::PREFIX + len))
 }
 
 /// Every byte of the data belongs to exactly one tensor.
 fn check_contiguous(
     tensors: &[TensorInfo],
     data_start: usize,
-    file_len: usize,
+    file_len: u64,
 ) -> Result<(), SafetensorsError> {
     let mut expected = data_start;
     for tensor in tensors {
@@ -120,12 +124,10 @@ fn check_contiguous(
         }
         expected = tensor.range.end;
     }
-    if expected < file_len {
-        return Err(SafetensorsError::Trailing {
-            extra: (file_len - expected) as u64,
-        });
+    match file_len.saturating_sub(expected as u64) {
+        0 => Ok(()),
+        extra => Err(SafetensorsError::Trailing { extra }),
     }
-    Ok(())
 }
 
 /// A tensor's entry in the JSON.

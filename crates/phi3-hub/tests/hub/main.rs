@@ -9,6 +9,7 @@
 mod answers;
 mod cache;
 mod kill;
+mod look;
 mod server;
 mod transfer;
 
