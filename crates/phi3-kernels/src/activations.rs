@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
+use crate::backend::{Kernels, Tokens};
 use crate::{BlockType, dispatch, threads};
 
 /// Activations that share a scale where weights come in blocks of 32: the groups of ggml's Q8_0.
@@ -41,6 +42,8 @@ pub struct Activations<'a> {
     cols: usize,
     by_block: OnceLock<Quantized>,
     by_superblock: OnceLock<Quantized>,
+    /// [`Tokens::blocks`].
+    by_columns: OnceLock<Vec<f32>>,
 }
 
 impl<'a> Activations<'a> {
@@ -60,6 +63,7 @@ impl<'a> Activations<'a> {
             cols,
             by_block: OnceLock::new(),
             by_superblock: OnceLock::new(),
+            by_columns: OnceLock::new(),
         }
     }
 
@@ -107,6 +111,7 @@ impl<'a> Activations<'a> {
             cols: self.cols,
             by_block: form(&self.by_block),
             by_superblock: form(&self.by_superblock),
+            by_columns: OnceLock::new(),
         }
     }
 
@@ -123,6 +128,32 @@ impl<'a> Activations<'a> {
         };
         Some(form.get_or_init(|| Quantized::new(&self.x, self.n, self.cols, group)))
     }
+
+    /// The tokens as `backend`, always the same one, multiplies them in f32.
+    pub(crate) fn tokens(&self, backend: &dyn Kernels) -> Tokens<'_> {
+        let blocks = backend.column_block(self.n).map(|block| {
+            let made = || column_blocks(&self.x, self.n, self.cols, block);
+            self.by_columns.get_or_init(made).as_slice()
+        });
+        Tokens {
+            values: &self.x,
+            blocks,
+        }
+    }
+}
+
+/// [`Tokens::blocks`] of `x`, `[n, cols]`.
+fn column_blocks(x: &[f32], n: usize, cols: usize, block: usize) -> Vec<f32> {
+    let mut blocks = vec![0.0; cols.div_ceil(block) * n * block];
+    let work = blocks.len();
+    threads::for_each_part(&mut blocks, block, work, |first, part| {
+        for (i, part) in (first..).zip(part.chunks_exact_mut(block)) {
+            let (first_col, t) = (i / n * block, i % n);
+            let some = block.min(cols - first_col);
+            part[..some].copy_from_slice(&x[t * cols + first_col..][..some]);
+        }
+    });
+    blocks
 }
 
 /// Tokens as eight-bit integers with a scale for each group of elements:

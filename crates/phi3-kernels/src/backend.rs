@@ -22,6 +22,20 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Tokens of f32 that a matrix multiplies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tokens<'a> {
+    /// `[n, cols]`.
+    pub(crate) values: &'a [f32],
+    /// The same once more in blocks of [`Kernels::column_block`] columns, `[blocks, n, block]`, the
+    /// last block's tokens filled up with zeros.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "no other backend asks for them")
+    )]
+    pub(crate) blocks: Option<&'a [f32]>,
+}
+
 /// The operations of a backend: the part of each that one thread does. A backend gives its name,
 /// the backend that it builds on, and those operations that it does better than that one;
 /// [`scalar`](crate::scalar) builds on nothing and gives them all.
@@ -40,16 +54,21 @@ pub(crate) trait Kernels: Debug + Send + Sync {
     /// Does what this backend does not do itself.
     fn base(&self) -> &dyn Kernels;
 
-    /// `out[t, i] = x[t] · w[first_row + i]`, `out` `[n, rows]`, with sums in f32.
+    /// How many columns of `n` tokens [`matmul_rows`](Self::matmul_rows) wants together in memory
+    /// ([`Tokens::blocks`]), if any.
+    fn column_block(&self, n: usize) -> Option<usize> {
+        self.base().column_block(n)
+    }
+
+    /// `out[t][i] = x[t] · w[first_row + i]` with sums in f32.
     fn matmul_rows(
         &self,
-        x: &[f32],
-        n: usize,
+        x: &Tokens<'_>,
         w: MatrixRef<'_>,
         first_row: usize,
-        out: &mut [f32],
+        out: &mut [&mut [f32]],
     ) {
-        self.base().matmul_rows(x, n, w, first_row, out);
+        self.base().matmul_rows(x, w, first_row, out);
     }
 
     /// Rounds groups of `group` activations to eight bits: [`scalar::quantize`](crate::scalar).

@@ -106,13 +106,31 @@ impl Deref for Backend {
 mod tests {
     use super::*;
     use crate::testing::{self, Random};
-    use crate::{BlockType, MatrixRef};
+    use crate::{Activations, BlockType, MatrixRef};
     use proptest::prelude::*;
     use proptest::sample::select;
 
     /// Error of an f32 sum of products, relative to the sum of their magnitudes; measured 1.3e-7
     /// with either backend.
     const MATMUL_TOLERANCE: f64 = 5e-7;
+
+    impl Backend {
+        /// `out[t, i] = x[t] · w[first_row + i]`, `out` `[n, rows]`, with tokens as the entry points
+        /// give them.
+        fn matmul_rows(
+            &self,
+            x: &[f32],
+            n: usize,
+            w: MatrixRef<'_>,
+            first_row: usize,
+            out: &mut [f32],
+        ) {
+            let x = Activations::new(x, n, w.cols());
+            let rows = out.len() / n;
+            let mut out: Vec<&mut [f32]> = out.chunks_mut(rows).collect();
+            (**self).matmul_rows(&x.tokens(&**self), w, first_row, &mut out);
+        }
+    }
 
     /// Values of either sign from subnormal to huge, zeros among them.
     fn activations(random: &mut Random, len: usize) -> Vec<f32> {
@@ -165,6 +183,26 @@ mod tests {
                     let mut alone = vec![f32::NAN; rows];
                     backend.matmul_rows(&x[t * cols..][..cols], 1, w, first_row, &mut alone);
                     prop_assert_eq!(&alone[..], out, "{} {:?} token {}", name, w, t);
+                }
+            }
+        }
+    }
+
+    /// More tokens and rows than a backend takes at a time, and a last block of columns that is short.
+    #[test]
+    fn backends_multiply_many_tokens_as_each_alone() {
+        for block_type in [BlockType::F32, BlockType::F16, BlockType::BF16] {
+            let (n, rows, cols) = (151, 150, 531);
+            let bytes = testing::random_matrix(block_type, rows, cols, 9);
+            let w = MatrixRef::new(block_type, rows, cols, &bytes).unwrap();
+            let x = Random(10).units(n * cols);
+            for backend in available() {
+                let mut out = vec![f32::NAN; n * rows];
+                backend.matmul_rows(&x, n, w, 0, &mut out);
+                for (x, out) in x.chunks(cols).zip(out.chunks(rows)) {
+                    let mut alone = vec![f32::NAN; rows];
+                    backend.matmul_rows(x, 1, w, 0, &mut alone);
+                    assert_eq!(alone, out, "{} {block_type}", backend.name());
                 }
             }
         }

@@ -100,33 +100,72 @@ pub fn matmul(
         return;
     }
 
+    float_products(
+        &Activations::new(x, n, cols),
+        w,
+        out,
+        out_stride,
+        out_offset,
+    );
+}
+
+/// [`matmul`], of lengths that were checked.
+fn float_products(
+    x: &Activations<'_>,
+    w: MatrixRef<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+    out_offset: usize,
+) {
+    let (n, rows) = (x.len(), w.rows());
     let backend = dispatch::backend();
-    let work = w
-        .rows()
-        .saturating_mul(cols)
+    let work = rows
+        .saturating_mul(w.cols())
         .saturating_mul(n + DECODE_WORK);
     let part_rows = threads::chunk_len(rows, work).next_multiple_of(ROW_MULTIPLE);
+    let x = x.tokens(&*backend);
     if n == 1 {
         let out = &mut out[out_offset..][..rows];
         threads::for_each_chunk(out, part_rows, |i, out| {
-            backend.matmul_rows(x, 1, w, i * part_rows, out);
+            backend.matmul_rows(&x, w, i * part_rows, &mut [out]);
         });
         return;
     }
-
-    // A thread has some rows of the matrix and so some columns of the output, which safe code
-    // cannot hand out: each fills a part `[n, part_rows]` of its own, brought home afterwards.
-    let mut parts = vec![0.0; n * rows];
-    threads::for_each_chunk(&mut parts, n * part_rows, |i, part| {
-        backend.matmul_rows(x, n, w, i * part_rows, part);
+    let mut parts = in_parts(out, n, rows, part_rows, out_stride, out_offset);
+    for_each_part(&mut parts, |i, part| {
+        backend.matmul_rows(&x, w, i * part_rows, part);
     });
-    let out = &mut out[..(n - 1) * out_stride + out_offset + rows];
-    for (t, out) in out.chunks_mut(out_stride).enumerate() {
+}
+
+/// A thread has some rows of the matrix and so some columns of the output: of each part, its piece of
+/// each token's row.
+fn in_parts(
+    out: &mut [f32],
+    n: usize,
+    rows: usize,
+    part_rows: usize,
+    out_stride: usize,
+    out_offset: usize,
+) -> Vec<Vec<&mut [f32]>> {
+    let mut parts = Vec::new();
+    parts.resize_with(rows.div_ceil(part_rows), || Vec::with_capacity(n));
+    for out in out.chunks_mut(out_stride).take(n) {
         let out = &mut out[out_offset..][..rows];
-        let parts = parts.chunks(n * part_rows);
-        for (out, part) in out.chunks_mut(part_rows).zip(parts) {
-            out.copy_from_slice(&part[t * out.len()..][..out.len()]);
+        for (part, out) in parts.iter_mut().zip(out.chunks_mut(part_rows)) {
+            part.push(out);
         }
+    }
+    parts
+}
+
+/// Calls `f(i, part)` for each part, with the threads of the pool when there is more than one.
+fn for_each_part(parts: &mut [Vec<&mut [f32]>], f: impl Fn(usize, &mut [&mut [f32]]) + Sync) {
+    match parts {
+        [part] => f(0, part),
+        parts => threads::parallel(|| {
+            let parts = parts.par_iter_mut().enumerate();
+            parts.for_each(|(i, part)| f(i, part));
+        }),
     }
 }
 
@@ -161,28 +200,16 @@ pub fn linear(
     if n == 0 || rows == 0 {
         return;
     }
-    let Some(x) = x.quantized(w.block_type()) else {
-        return matmul(x.values(), n, w, out, out_stride, out_offset);
+    let Some(quantized) = x.quantized(w.block_type()) else {
+        return float_products(x, w, out, out_stride, out_offset);
     };
 
     let part_rows = rows_of_a_part(n, w);
-    let mut parts: Vec<Vec<&mut [f32]>> = Vec::new();
-    parts.resize_with(rows.div_ceil(part_rows), || Vec::with_capacity(n));
-    for out in out.chunks_mut(out_stride).take(n) {
-        let out = &mut out[out_offset..][..rows];
-        for (part, out) in parts.iter_mut().zip(out.chunks_mut(part_rows)) {
-            part.push(out);
-        }
-    }
     let backend = dispatch::backend();
-    match parts.as_mut_slice() {
-        [part] => backend.int8_rows(x, w, 0, part),
-        parts => threads::parallel(|| {
-            parts.par_iter_mut().enumerate().for_each(|(i, part)| {
-                backend.int8_rows(x, w, i * part_rows, part);
-            });
-        }),
-    }
+    let mut parts = in_parts(out, n, rows, part_rows, out_stride, out_offset);
+    for_each_part(&mut parts, |i, part| {
+        backend.int8_rows(quantized, w, i * part_rows, part);
+    });
 }
 
 /// Rows of `w` that a thread takes at a time for `n` tokens.

@@ -66,7 +66,7 @@ pub fn linear_all(products: &mut [Product<'_>]) {
                 w.cols()
             );
             if x.quantized(w.block_type()).is_none() && n > 0 && w.rows() > 0 {
-                ops::matmul(x.values(), n, *w, out, stride, offset);
+                ops::linear(x, *w, out, stride, offset);
             }
             offset += w.rows();
         }

@@ -40,16 +40,11 @@ const LANES: usize = 16;
 /// activations are read once for all of them.
 const TILE_ROWS: usize = 4;
 
-/// `out[t, i] = x[t] · w[first_row + i]`, `out` `[n, rows]`.
+/// `out[t][i] = x[t] · w[first_row + i]`.
 #[inline(always)]
-pub(crate) fn matmul_rows(
-    x: &[f32],
-    n: usize,
-    w: MatrixRef<'_>,
-    first_row: usize,
-    out: &mut [f32],
-) {
-    let (cols, rows) = (w.cols(), out.len() / n);
+pub(crate) fn matmul_rows(x: &[f32], w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
+    let cols = w.cols();
+    let rows = out.first().map_or(0, |out| out.len());
     let mut tile = vec![0.0; TILE_ROWS.min(rows) * cols];
     for tile_start in (0..rows).step_by(TILE_ROWS) {
         let tile_rows = TILE_ROWS.min(rows - tile_start);
@@ -57,10 +52,10 @@ pub(crate) fn matmul_rows(
             let row = w.row(first_row + tile_start + i);
             decode(w.block_type(), row, &mut tile[i * cols..][..cols]);
         }
-        for t in 0..n {
+        for (t, out) in out.iter_mut().enumerate() {
             let x = &x[t * cols..][..cols];
             for i in 0..tile_rows {
-                out[t * rows + tile_start + i] = dot(x, &tile[i * cols..][..cols]);
+                out[tile_start + i] = dot(x, &tile[i * cols..][..cols]);
             }
         }
     }

@@ -10,7 +10,7 @@ pub(crate) use neon::Neon;
 
 use crate::MatrixRef;
 use crate::activations::Quantized;
-use crate::backend::{Kernels, Rows};
+use crate::backend::{Kernels, Rows, Tokens};
 use crate::scalar::Scalar;
 use crate::simd128::{attention, int8, rows};
 
@@ -26,13 +26,12 @@ impl Kernels for Neon {
 
     fn matmul_rows(
         &self,
-        x: &[f32],
-        n: usize,
+        x: &Tokens<'_>,
         w: MatrixRef<'_>,
         first_row: usize,
-        out: &mut [f32],
+        out: &mut [&mut [f32]],
     ) {
-        rows::matmul_rows(*self, x, n, w, first_row, out);
+        rows::matmul_rows(*self, x.values, w, first_row, out);
     }
 
     fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {

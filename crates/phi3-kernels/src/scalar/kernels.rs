@@ -3,7 +3,7 @@
 use super::attention;
 use crate::MatrixRef;
 use crate::activations::Quantized;
-use crate::backend::{Kernels, Rows};
+use crate::backend::{Kernels, Rows, Tokens};
 
 /// Portable Rust, which every processor runs.
 #[derive(Clone, Copy, Debug)]
@@ -19,15 +19,18 @@ impl Kernels for Scalar {
         self
     }
 
+    fn column_block(&self, _: usize) -> Option<usize> {
+        None
+    }
+
     fn matmul_rows(
         &self,
-        x: &[f32],
-        n: usize,
+        x: &Tokens<'_>,
         w: MatrixRef<'_>,
         first_row: usize,
-        out: &mut [f32],
+        out: &mut [&mut [f32]],
     ) {
-        super::matmul_rows(x, n, w, first_row, out);
+        super::matmul_rows(x.values, w, first_row, out);
     }
 
     fn quantize(

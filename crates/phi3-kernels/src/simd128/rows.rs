@@ -29,12 +29,12 @@ const PANEL_TOKENS: usize = 8;
 pub(crate) fn matmul_rows<V: Vectors>(
     v: V,
     x: &[f32],
-    n: usize,
     w: MatrixRef<'_>,
     first_row: usize,
-    out: &mut [f32],
+    out: &mut [&mut [f32]],
 ) {
-    let (cols, rows) = (w.cols(), out.len() / n);
+    let (n, cols) = (out.len(), w.cols());
+    let rows = out.first().map_or(0, |out| out.len());
     let panel_rows = if n < PANEL_TOKENS {
         BLOCK_ROWS
     } else {
@@ -55,16 +55,16 @@ pub(crate) fn matmul_rows<V: Vectors>(
             while i < panel_rows {
                 let block_rows = BLOCK_ROWS.min(panel_rows - i);
                 let w = &panel[i * cols..][..block_rows * cols];
-                let out = &mut out[t * rows + start + i..];
+                let (out, at) = (&mut out[t..][..tokens], start + i);
                 match (block_rows, tokens) {
-                    (4, 3) => dots::<V, 4, 3>(v, w, x, cols, out, rows),
-                    (4, 2) => dots::<V, 4, 2>(v, w, x, cols, out, rows),
-                    (4, _) => dots::<V, 4, 1>(v, w, x, cols, out, rows),
+                    (4, 3) => dots::<V, 4, 3>(v, w, x, cols, out, at),
+                    (4, 2) => dots::<V, 4, 2>(v, w, x, cols, out, at),
+                    (4, _) => dots::<V, 4, 1>(v, w, x, cols, out, at),
                     _ => {
                         for r in 0..block_rows {
                             for t in 0..tokens {
                                 let (w, x) = (&w[r * cols..][..cols], &x[t * cols..][..cols]);
-                                dots::<V, 1, 1>(v, w, x, cols, &mut out[t * rows + r..], rows);
+                                dots::<V, 1, 1>(v, w, x, cols, &mut out[t..], at + r);
                             }
                         }
                     }
@@ -76,7 +76,7 @@ pub(crate) fn matmul_rows<V: Vectors>(
     }
 }
 
-/// `out[t * stride + r] = w[r] · x[t]` for `R` rows and `T` tokens of `cols` elements. Each sum
+/// `out[t][at + r] = w[r] · x[t]` for `R` rows and `T` tokens of `cols` elements. Each sum
 /// goes through the columns eight by eight, the last filled up with zeros, whatever `R` and `T`
 /// are.
 #[inline(always)]
@@ -85,8 +85,8 @@ fn dots<V: Vectors, const R: usize, const T: usize>(
     w: &[f32],
     x: &[f32],
     cols: usize,
-    out: &mut [f32],
-    stride: usize,
+    out: &mut [&mut [f32]],
+    at: usize,
 ) {
     // Slices of `steps` elements each, so that the loop needs no check.
     let steps = cols / STEP_COLS;
@@ -129,7 +129,7 @@ fn dots<V: Vectors, const R: usize, const T: usize>(
     for r in 0..R {
         for t in 0..T {
             let [a, b, c, d] = v.store(v.add(sums[r][t][0], sums[r][t][1]));
-            out[t * stride + r] = (a + c) + (b + d);
+            out[t][at + r] = (a + c) + (b + d);
         }
     }
 }

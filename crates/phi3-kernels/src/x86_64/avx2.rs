@@ -8,6 +8,7 @@ use std::mem::transmute;
 
 use super::{float, int8};
 use crate::activations::Quantized;
+use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef, scalar};
 
 /// Lanes of a vector of f32.
@@ -29,14 +30,13 @@ impl Avx2 {
     /// [`scalar::matmul_rows`], with a lane for each row and fused multiply-adds.
     pub(crate) fn matmul_rows(
         self,
-        x: &[f32],
-        n: usize,
+        x: &Tokens<'_>,
         w: MatrixRef<'_>,
         first_row: usize,
-        out: &mut [f32],
+        out: &mut [&mut [f32]],
     ) {
         // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { float::matmul_rows(x, n, w, first_row, out) }
+        unsafe { float::matmul_rows(x, w, first_row, out) }
     }
 
     /// [`scalar::quantize`], the same operations in wider vectors.

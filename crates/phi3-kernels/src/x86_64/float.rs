@@ -5,6 +5,10 @@
 //! vectors of weights and one of activations. A sum goes through the columns of a block one by
 //! one, by fused multiply-adds from zero on, and the blocks are added in order: the same for one
 //! token and for many. One token takes the weights from the registers in which they were turned.
+//!
+//! Tokens come copied into blocks of columns ([`Tokens`]): rows whose width is a multiple of 1024
+//! would all lie in the same few places of the first-level cache and push out one another and the
+//! panel.
 
 #![expect(
     clippy::needless_range_loop,
@@ -15,40 +19,44 @@ use std::arch::x86_64::*;
 
 use super::avx2::decode;
 use super::vector::{from_f16, load, load_f32, prefetch, store_f32, transpose};
+use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
 
 /// Columns of a block. Whole blocks of every type.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 /// Rows of a panel, in two vectors.
 const PANEL_ROWS: usize = 16;
-/// Panels that go through the tokens together, so that a tile of tokens is read from the
-/// first-level cache for all but one of them: 128 KiB, in the second-level cache.
+/// Panels that a chunk of tokens goes through, one after another: 128 KiB, in the second-level
+/// cache beside the chunk.
 const PANELS: usize = 8;
-/// Tokens up to which the weights are read too often from memory for that.
-const FEW_TOKENS: usize = 6;
 /// Tokens of a tile.
 const TILE: usize = 6;
+/// Columns that a step of the innermost loop takes.
+const STEP: usize = 4;
+/// Tiles of a chunk: 72 KiB of a block of columns.
+const CHUNK: usize = 12;
+/// Tokens up to which weights are better read in one stream, a panel at a time.
+const FEW_TOKENS: usize = 6;
 
 /// Weights `[column][row]` of a block.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Panel([[[f32; 8]; 2]; BLOCK]);
 
-/// [`scalar::matmul_rows`](crate::scalar::matmul_rows).
+/// `out[t][i] = x[t] · w[first_row + i]`.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn matmul_rows(
-    x: &[f32],
-    n: usize,
+    x: &Tokens<'_>,
     w: MatrixRef<'_>,
     first_row: usize,
-    out: &mut [f32],
+    out: &mut [&mut [f32]],
 ) {
     match w.block_type() {
-        BlockType::F32 => products::<Single, 32>(x, n, w, first_row, out),
-        BlockType::F16 => products::<Half, 16>(x, n, w, first_row, out),
-        BlockType::BF16 => products::<Brain, 16>(x, n, w, first_row, out),
+        BlockType::F32 => products::<Single, 32>(x, w, first_row, out),
+        BlockType::F16 => products::<Half, 16>(x, w, first_row, out),
+        BlockType::BF16 => products::<Brain, 16>(x, w, first_row, out),
         // Decoded before.
-        _ => products::<Single, 32>(x, n, w, first_row, out),
+        _ => products::<Single, 32>(x, w, first_row, out),
     }
 }
 
@@ -104,15 +112,15 @@ impl Eight<16> for Brain {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn products<E: Eight<BYTES>, const BYTES: usize>(
-    x: &[f32],
-    n: usize,
+    x: &Tokens<'_>,
     w: MatrixRef<'_>,
     first_row: usize,
-    out: &mut [f32],
+    out: &mut [&mut [f32]],
 ) {
-    let (cols, rows) = (w.cols(), out.len() / n);
+    let (n, cols) = (out.len(), w.cols());
+    let rows = out.first().map_or(0, |out| out.len());
     if cols == 0 {
-        out.fill(0.0);
+        out.iter_mut().for_each(|out| out.fill(0.0));
         return;
     }
     let panels = if n <= FEW_TOKENS { 1 } else { PANELS };
@@ -125,17 +133,21 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
     for start in (0..rows).step_by(panels * PANEL_ROWS) {
         let end = rows.min(start + panels * PANEL_ROWS);
         for first_col in (0..cols).step_by(BLOCK) {
-            // The same columns of the next block, or the first ones of the next panel.
             let row_bytes = cols / 8 * BYTES;
-            let ahead = if first_col + BLOCK < cols {
+            let ahead = if panels > 1 {
+                // The same columns of the next panel, since the next block's would be gone again
+                // when all tokens have passed.
+                PANEL_ROWS * row_bytes
+            } else if first_col + BLOCK < cols {
+                // The next block, or below the first one of the next panel.
                 BLOCK / 8 * BYTES
             } else {
-                (panels * PANEL_ROWS - 1) * row_bytes + (cols - first_col) / 8 * BYTES
+                (PANEL_ROWS - 1) * row_bytes + (cols - first_col) / 8 * BYTES
             };
             let cols = first_col..cols.min(first_col + BLOCK);
-            if n == 1 {
+            if let [out] = out {
                 let weights = decoded.rows(w, first_row + start, end - start, cols.clone());
-                let sums = one_token::<E, BYTES>(&weights, ahead, &x[cols]);
+                let sums = one_token::<E, BYTES>(&weights, ahead, &x.values[cols]);
                 add(&sums, first_col == 0, &mut out[start..end]);
                 continue;
             }
@@ -147,33 +159,46 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
                     turn::<E, BYTES>(&weights, ahead, panel);
                 }
             }
+            let x = &x.blocks.expect("`column_block` asks for them")[first_col * n..];
+            let x = &x.as_chunks::<BLOCK>().0[..n];
             let tiles = n.div_ceil(TILE);
-            for tile in 0..tiles {
-                // Tiles of nearly the same size.
-                let (t, next) = (tile * n / tiles, (tile + 1) * n / tiles);
+            for chunk in (0..tiles).step_by(CHUNK) {
                 for (i, panel) in turned.iter().enumerate() {
                     let start = start + i * PANEL_ROWS;
-                    if start >= end {
+                    let rows = start..end.min(start + PANEL_ROWS);
+                    if rows.is_empty() {
                         break;
                     }
                     let panel = &panel.0[..cols.len()];
-                    let mut sums = [[[0.0; 8]; 2]; TILE];
-                    let x = &x[t * w.cols()..next * w.cols()];
-                    match next - t {
-                        6 => tile_sums::<6>(panel, x, first_col, &mut sums),
-                        5 => tile_sums::<5>(panel, x, first_col, &mut sums),
-                        4 => tile_sums::<4>(panel, x, first_col, &mut sums),
-                        3 => tile_sums::<3>(panel, x, first_col, &mut sums),
-                        2 => tile_sums::<2>(panel, x, first_col, &mut sums),
-                        _ => tile_sums::<1>(panel, x, first_col, &mut sums),
-                    }
-                    for (t, sums) in (t..next).zip(&sums) {
-                        let end = end.min(start + PANEL_ROWS);
-                        add(sums, first_col == 0, &mut out[t * rows..][start..end]);
+                    for i in chunk..tiles.min(chunk + CHUNK) {
+                        // Tiles of nearly the same size.
+                        let tokens = i * n / tiles..(i + 1) * n / tiles;
+                        let (x, out) = (&x[tokens.clone()], &mut out[tokens]);
+                        for out in out.iter() {
+                            ask_for(&out[rows.clone()]);
+                        }
+                        let mut sums = [[[0.0; 8]; 2]; TILE];
+                        tile(panel, x, &mut sums);
+                        for (out, sums) in out.iter_mut().zip(&sums) {
+                            add(sums, first_col == 0, &mut out[rows.clone()]);
+                        }
                     }
                 }
             }
         }
+    }
+}
+
+/// Asks for up to sixteen numbers, which may lie in two lines.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn ask_for(numbers: &[f32]) {
+    for number in [numbers.first(), numbers.last()].into_iter().flatten() {
+        #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
+        // SAFETY: a prefetch reads nothing and faults at no address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast())
+        };
     }
 }
 
@@ -355,27 +380,52 @@ fn one_token<E: Eight<BYTES>, const BYTES: usize>(
     [store_f32(sums[0]), store_f32(sums[1])]
 }
 
-/// A block of `T` tokens, whose elements from `first_col` on count.
+/// A block of up to six tokens.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn tile(panel: &[[[f32; 8]; 2]], x: &[[f32; BLOCK]], out: &mut [[[f32; 8]; 2]; TILE]) {
+    if let Ok(x) = x.try_into() {
+        tile_sums::<6>(panel, x, out);
+    } else if let Ok(x) = x.try_into() {
+        tile_sums::<5>(panel, x, out);
+    } else if let Ok(x) = x.try_into() {
+        tile_sums::<4>(panel, x, out);
+    } else if let Ok(x) = x.try_into() {
+        tile_sums::<3>(panel, x, out);
+    } else if let Ok(x) = x.try_into() {
+        tile_sums::<2>(panel, x, out);
+    } else if let Ok(x) = x.try_into() {
+        tile_sums::<1>(panel, x, out);
+    }
+}
+
+/// A block of `T` tokens. Several columns are written out one after another: beside another thread on
+/// the same core, which takes half of the instructions that it can begin, a loop of one column is a
+/// third slower.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tile_sums<const T: usize>(
     panel: &[[[f32; 8]; 2]],
-    x: &[f32],
-    first_col: usize,
+    x: &[[f32; BLOCK]; T],
     out: &mut [[[f32; 8]; 2]; TILE],
 ) {
-    let cols = panel.len();
-    let width = x.len() / T;
-    let mut tokens = [&[][..]; T];
-    for t in 0..T {
-        tokens[t] = &x[t * width + first_col..][..cols];
-    }
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
-    for c in 0..cols {
-        let w = [load_f32(&panel[c][0]), load_f32(&panel[c][1])];
+    let (steps, tail) = panel.as_chunks::<STEP>();
+    let count = steps.len().min(BLOCK / STEP);
+    for s in 0..count {
+        for i in 0..STEP {
+            let w = [load_f32(&steps[s][i][0]), load_f32(&steps[s][i][1])];
+            for t in 0..T {
+                let x = _mm256_set1_ps(x[t].as_chunks::<STEP>().0[s][i]);
+                sums[t][0] = _mm256_fmadd_ps(w[0], x, sums[t][0]);
+                sums[t][1] = _mm256_fmadd_ps(w[1], x, sums[t][1]);
+            }
+        }
+    }
+    for (c, w) in (count * STEP..).zip(tail) {
         for t in 0..T {
-            let x = _mm256_set1_ps(tokens[t][c]);
-            sums[t][0] = _mm256_fmadd_ps(w[0], x, sums[t][0]);
-            sums[t][1] = _mm256_fmadd_ps(w[1], x, sums[t][1]);
+            let x = _mm256_set1_ps(x[t][c]);
+            sums[t][0] = _mm256_fmadd_ps(load_f32(&w[0]), x, sums[t][0]);
+            sums[t][1] = _mm256_fmadd_ps(load_f32(&w[1]), x, sums[t][1]);
         }
     }
     for t in 0..T {

@@ -1,9 +1,10 @@
 //! What the backends for x86-64 give.
 
+use super::float::BLOCK;
 use super::{Avx2, Avx512Vnni, AvxVnni, vnni};
 use crate::MatrixRef;
 use crate::activations::Quantized;
-use crate::backend::{Kernels, Rows};
+use crate::backend::{Kernels, Rows, Tokens};
 use crate::scalar::Scalar;
 
 impl Kernels for Avx2 {
@@ -15,15 +16,18 @@ impl Kernels for Avx2 {
         &Scalar
     }
 
+    fn column_block(&self, n: usize) -> Option<usize> {
+        (n > 1).then_some(BLOCK)
+    }
+
     fn matmul_rows(
         &self,
-        x: &[f32],
-        n: usize,
+        x: &Tokens<'_>,
         w: MatrixRef<'_>,
         first_row: usize,
-        out: &mut [f32],
+        out: &mut [&mut [f32]],
     ) {
-        Avx2::matmul_rows(*self, x, n, w, first_row, out);
+        Avx2::matmul_rows(*self, x, w, first_row, out);
     }
 
     fn quantize(
