@@ -1,9 +1,14 @@
 //! Blocks of stored weights as vectors of bytes. The type is a constant parameter, ggml's id,
 //! so that each function compiled for a type holds that type's code alone.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index into several arrays; closures in iterators would lose the target features"
+)]
+
 use std::arch::x86_64::*;
 
-use super::vector::{halves, load, load_16};
+use super::vector::{halves, load, load_16, transpose, transpose_halves};
 use crate::BlockType;
 use crate::scalar::{IQ4_NL_VALUES, q3_k_scales};
 
@@ -123,66 +128,132 @@ pub(super) fn single<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> 
     }
 }
 
-/// The weight bytes of a block of 256, in order.
+/// Blocks of 32 of eight rows, a row to a lane: four successive weight bytes of each row to a vector.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn superblock<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> [__m256i; 8] {
+pub(super) fn columns<const ID: u32, const BYTES: usize>(rows: [&[u8; BYTES]; 8]) -> [__m256i; 8] {
     let mut q = [_mm256_setzero_si256(); 8];
-    let two_bits = _mm256_set1_epi8(3);
+    if ID == Q8_0 {
+        for i in 0..8 {
+            q[i] = single::<ID, BYTES>(rows[i]);
+        }
+        return transpose(q);
+    }
+    let at = quants_at(ID);
+    let mut packed = [_mm256_setzero_si256(); 4];
+    for i in 0..4 {
+        packed[i] = halves(array(rows[i], at), array(rows[i + 4], at));
+    }
+    let packed = transpose_halves(packed);
+    for i in 0..4 {
+        [q[i], q[i + 4]] = nibbles(packed[i]);
+    }
     match ID {
-        Q4_K | Q5_K | INT4 => {
-            let at = match ID {
-                Q4_K => 16,
-                Q5_K => 48,
-                _ => 2,
-            };
-            for i in 0..4 {
-                [q[2 * i], q[2 * i + 1]] = nibbles(load(array::<32>(block, at + 32 * i)));
+        Q5_0 | Q5_1 => {
+            let mut bits = [0; 8];
+            for i in 0..8 {
+                bits[i] = i32::from_le_bytes(*array(rows[i], at - 4));
             }
-            if ID == Q5_K {
-                // Shifts reach over bytes, but only bit 0 is used, which comes from its own.
-                let mut bits = load(array::<32>(block, 16));
-                for q in &mut q {
-                    let bit = _mm256_and_si256(bits, _mm256_set1_epi8(1));
-                    *q = _mm256_or_si256(*q, _mm256_slli_epi16::<4>(bit));
-                    bits = _mm256_srli_epi16::<1>(bits);
-                }
-            }
-        }
-        Q6_K => {
-            for i in 0..2 {
-                let first = nibbles(load(array::<32>(block, 64 * i)));
-                let second = nibbles(load(array::<32>(block, 64 * i + 32)));
-                let low = [first[0], second[0], first[1], second[1]];
-                let mut high = load(array::<32>(block, 128 + 32 * i));
-                for g in 0..4 {
-                    let bits = _mm256_slli_epi16::<4>(_mm256_and_si256(high, two_bits));
-                    q[4 * i + g] = _mm256_or_si256(low[g], bits);
-                    high = _mm256_srli_epi16::<2>(high);
-                }
+            let bits = load(&bits);
+            for i in 0..8 {
+                // Bits 4i to 4i + 3 of a row go to the four bytes of its lane.
+                let from = _mm256_set1_epi32(0x0101_0101 * (i as i32 / 2));
+                let each = _mm256_setr_epi32(
+                    0,
+                    0x0404_0404,
+                    0x0808_0808,
+                    0x0c0c_0c0c,
+                    0,
+                    0x0404_0404,
+                    0x0808_0808,
+                    0x0c0c_0c0c,
+                );
+                let bytes = _mm256_shuffle_epi8(bits, _mm256_add_epi8(each, from));
+                let bit = _mm256_set1_epi32(0x0804_0201 << (i % 2 * 4));
+                let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+                q[i] = _mm256_or_si256(q[i], _mm256_and_si256(set, _mm256_set1_epi8(16)));
             }
         }
-        Q2_K | Q3_K => {
-            let at = if ID == Q2_K { 16 } else { 32 };
-            for i in 0..2 {
-                let mut low = load(array::<32>(block, at + 32 * i));
-                for g in 0..4 {
-                    q[4 * i + g] = _mm256_and_si256(low, two_bits);
-                    low = _mm256_srli_epi16::<2>(low);
-                }
-            }
-            if ID == Q3_K {
-                let mut bits = load(array::<32>(block, 0));
-                for q in &mut q {
-                    let bit = _mm256_and_si256(bits, _mm256_set1_epi8(1));
-                    *q = _mm256_or_si256(*q, _mm256_slli_epi16::<2>(bit));
-                    bits = _mm256_srli_epi16::<1>(bits);
-                }
+        IQ4_NL => {
+            for q in &mut q {
+                *q = _mm256_shuffle_epi8(iq4_nl_table(), *q);
             }
         }
         _ => {}
     }
     q
+}
+
+/// The vectors that hold the weights of a block of 256: those of their low bits, then those of the
+/// others.
+type Stored = [__m256i; 6];
+
+/// Where they are.
+pub(super) const fn stored_at(id: u32) -> &'static [usize] {
+    match id {
+        Q4_K => &[16, 48, 80, 112],
+        Q5_K => &[48, 80, 112, 144, 16],
+        Q6_K => &[0, 32, 64, 96, 128, 160],
+        Q2_K => &[16, 48],
+        Q3_K => &[32, 64, 0],
+        INT4 => &[2, 34, 66, 98],
+        _ => &[],
+    }
+}
+
+/// Vector `i` of those [`stored_at`].
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn stored<const ID: u32, const BYTES: usize>(block: &[u8; BYTES], i: usize) -> __m256i {
+    load(array::<32>(block, stored_at(ID)[i]))
+}
+
+/// The weight bytes of a block of 256, in order.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn superblock<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> [__m256i; 8] {
+    let mut vectors = [_mm256_setzero_si256(); 6];
+    for i in 0..stored_at(ID).len() {
+        vectors[i] = stored::<ID, BYTES>(block, i);
+    }
+    spread::<ID>(&vectors)
+}
+
+/// The weights that are stored in the bytes of vectors: at each place the eight weights of a block
+/// that are stored there, and so for 32 weights of eight groups, or for the same weights of several
+/// rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn spread<const ID: u32>(stored: &Stored) -> [__m256i; 8] {
+    let mut q = [_mm256_setzero_si256(); 8];
+    for g in 0..8 {
+        q[g] = match ID {
+            Q4_K | Q5_K | INT4 => nibbles(stored[g / 2])[g % 2],
+            Q6_K => nibbles(stored[g / 4 * 2 + g % 2])[g % 4 / 2],
+            _ => moved(stored[g / 4], 2 * (g % 4), 0, 3),
+        };
+        let high = match ID {
+            Q5_K => moved(stored[4], g, 4, 16),
+            Q6_K => moved(stored[4 + g / 4], 2 * (g % 4), 4, 48),
+            Q3_K => moved(stored[2], g, 2, 4),
+            _ => continue,
+        };
+        q[g] = _mm256_or_si256(q[g], high);
+    }
+    q
+}
+
+/// The bits from bit `from` of each byte on, at bit `to`; `mask` takes the wanted ones, all of which
+/// stay in their byte.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn moved(bytes: __m256i, from: usize, to: usize, mask: i8) -> __m256i {
+    let moved = if from > to {
+        _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32))
+    } else {
+        _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32))
+    };
+    _mm256_and_si256(moved, _mm256_set1_epi8(mask))
 }
 
 /// The sixteen scales and the sixteen minima of a block of 256, as i16: those of the even groups

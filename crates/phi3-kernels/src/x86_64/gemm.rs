@@ -1,73 +1,32 @@
 //! Products of quantized weights with many tokens.
 //!
-//! Sixteen rows are unpacked to bytes, one partial sum's blocks at a time so that they stay in
-//! the first-level cache, and multiplied with all tokens, four at a time. A lane is a row: four
-//! successive weights of eight rows are a vector, and the same four activations of a token fill
-//! the other.
-
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index into several arrays; closures in iterators would lose the target features"
-)]
+//! Sixteen rows are unpacked to bytes, as many blocks at a time as stay in the first-level cache, and
+//! multiplied with all tokens, four at a time. A lane is a row: four successive weights of eight rows
+//! are a vector, and the same four activations of a token fill the other.
 
 use std::arch::x86_64::*;
 
-use super::blocks::{
-    factors, half_factors, has_minimum, offset_shift, single, sums_in_i16, superblock,
-};
+use super::blocks::{has_minimum, offset_shift, sums_in_i16};
 use super::groups;
-use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len};
-use super::micro::{self, Integers, Lanes, Scales, Sums, Weights};
-use super::vector::{from_f16, load, load_f32, prefetch, store, store_f32, store_i16, transpose};
+use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, few_tiles};
+use super::micro::{self, Integers, Lanes, Sums, Weights};
+use super::panel::{
+    EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, SuperPanel, eight_blocks, groups_of_32,
+    unpack, unpack_super,
+};
+use super::vector::{load, load_f32, prefetch, store_f32};
 use crate::MatrixRef;
 use crate::activations::Quantized;
-
-/// Rows of a panel, in two vectors.
-pub(super) const PANEL_ROWS: usize = 16;
-
-/// One block of 32 of sixteen rows, eight rows to a vector.
-#[derive(Clone, Copy)]
-#[repr(C, align(32))]
-struct Panel {
-    q: [[[u8; 32]; 2]; 8],
-    d: [[f32; 8]; 2],
-    m: [[f32; 8]; 2],
-}
-
-const EMPTY_PANEL: Panel = Panel {
-    q: [[[0; 32]; 2]; 8],
-    d: [[0.0; 8]; 2],
-    m: [[0.0; 8]; 2],
-};
-
-/// One block of 256 of sixteen rows.
-#[derive(Clone, Copy)]
-#[repr(C, align(32))]
-struct SuperPanel {
-    q: [[[[u8; 32]; 2]; 8]; 8],
-    /// The scale of each group of sixteen, twice for each row.
-    scales: [Scales; 16],
-    /// What the sums of activations are multiplied with, two successive groups for each row.
-    minima: [Scales; 8],
-    d: [[f32; 8]; 2],
-    dmin: [[f32; 8]; 2],
-}
-
-const EMPTY_SUPER_PANEL: SuperPanel = SuperPanel {
-    q: [[[[0; 32]; 2]; 8]; 8],
-    scales: [[[[0; 2]; 8]; 2]; 16],
-    minima: [[[[0; 2]; 8]; 2]; 8],
-    d: [[0.0; 8]; 2],
-    dmin: [[0.0; 8]; 2],
-};
 
 /// Sums of nothing.
 pub(super) const NO_LANES: Lanes = Sums([[[0.0; 8]; 2]; TILE]);
 
 const NO_INTEGERS: Integers = Sums([[[0; 8]; 2]; TILE]);
 
-/// Panel by panel, and in a panel one partial sum after the other: unpacks as many of its blocks as
-/// stay in the first-level cache, and multiplies all tokens with them.
+/// Panel by panel: unpacks some blocks, and multiplies all tokens with them.
+///
+/// Many tokens take the blocks of one partial sum after those of the other, as many at once as stay
+/// in the first-level cache; few take them as they lie, because their partial sums stay there.
 macro_rules! panels {
     (
         $x:ident, $w:ident, $first_row:ident, $out:ident, $bytes:ident,
@@ -75,15 +34,38 @@ macro_rules! panels {
     ) => {
         let groups = $x.groups();
         let tiles = $x.n.div_ceil(TILE);
+        let few = few_tiles(tiles);
         let x = Layouts::$tiles($x);
         let rows = $out.first().map_or(0, |out| out.len());
         let mut panel = vec![$empty; groups.div_ceil(LANES).min($at_once)];
         let mut sums: Vec<Lanes> = vec![NO_LANES; tiles];
-        let mut lanes = sums.clone();
+        let mut lanes = vec![NO_LANES; if few { tiles * LANES } else { tiles }];
         for start in (0..rows).step_by(PANEL_ROWS) {
             let panel_rows = panel_rows::<$bytes>($w, $first_row + start, rows - start);
-            let mut ahead = Ahead::new($w, $first_row + start, groups);
+            let steps = if few { 2 + tiles } else { 2 };
+            let mut ahead = Ahead::new($w, $first_row + start, groups * steps);
             sums.fill(NO_LANES);
+            if few {
+                lanes.fill(NO_LANES);
+                for i in 0..groups {
+                    for half in 0..2 {
+                        ahead.go_on();
+                        $unpack(eight_blocks(&panel_rows, half, i), half, &mut panel[0]);
+                    }
+                    let tiles = x.chunks_exact(groups).zip(lanes.chunks_exact_mut(LANES));
+                    for (x, lanes) in tiles {
+                        ahead.go_on();
+                        $multiply(&panel[..1], &x[i..i + 1], &mut lanes[i % LANES]);
+                    }
+                }
+                for (sums, lanes) in sums.iter_mut().zip(lanes.chunks_exact(LANES)) {
+                    for lanes in lanes {
+                        add(lanes, sums);
+                    }
+                }
+                bring_home(&sums, start, $out);
+                continue;
+            }
             let mut rest = x;
             for class in 0..LANES.min(groups) {
                 let len = class_len(groups, class);
@@ -92,8 +74,11 @@ macro_rules! panels {
                 for first in (0..len).step_by($at_once) {
                     let end = len.min(first + $at_once);
                     for i in first..end {
-                        ahead.go_on();
-                        $unpack(&panel_rows, class + i * LANES, &mut panel[i - first]);
+                        for half in 0..2 {
+                            ahead.go_on();
+                            let blocks = eight_blocks(&panel_rows, half, class + i * LANES);
+                            $unpack(blocks, half, &mut panel[i - first]);
+                        }
                     }
                     let tiles = of_class.chunks_exact(len).zip(&mut lanes).zip(&mut sums);
                     for ((x, lanes), sums) in tiles {
@@ -185,30 +170,6 @@ pub(super) fn bring_home(sums: &[Lanes], start: usize, out: &mut [&mut [f32]]) {
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn unpack<const ID: u32, const BYTES: usize>(
-    rows: &[&[[u8; BYTES]]; PANEL_ROWS],
-    block: usize,
-    panel: &mut Panel,
-) {
-    for half in 0..2 {
-        let mut q = [_mm256_setzero_si256(); 8];
-        let (mut d, mut m) = ([0; 8], [0; 8]);
-        for i in 0..8 {
-            let block = &rows[8 * half + i][block];
-            q[i] = single::<ID, BYTES>(block);
-            (d[i], m[i]) = half_factors::<ID, BYTES>(block);
-        }
-        let q = transpose(q);
-        for i in 0..8 {
-            panel.q[i][half] = store(q[i]);
-        }
-        panel.d[half] = store_f32(from_f16(d));
-        panel.m[half] = store_f32(from_f16(m));
-    }
-}
-
 /// Adds blocks of a partial sum, in order, to `lanes`.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn multiply<const ID: u32>(w: &[Panel], x: &[Tile], lanes: &mut Lanes) {
@@ -261,7 +222,7 @@ fn products<const ID: u32>(w: &[Weights; 8], x: &[[i32; TILE]; 8]) -> Integers {
     let mut first = 0;
     while first < 8 {
         let columns = first..first + chain;
-        micro::add_unsigned(&w[columns.clone()], &x[columns], &[[[1; 2]; 8]; 2], &mut a);
+        micro::add_unsigned(&w[columns.clone()], &x[columns], &[[1; 16]; 2], &mut a);
         first += chain;
     }
     a
@@ -298,62 +259,6 @@ pub(super) fn super_rows<const ID: u32, const BYTES: usize>(
         unpack_super::<ID, BYTES>,
         multiply_super::<ID>,
     );
-}
-
-/// Whether a scale and a minimum hold for 32 weights rather than sixteen.
-const fn groups_of_32(id: u32) -> bool {
-    matches!(
-        id,
-        super::blocks::Q4_K | super::blocks::Q5_K | super::blocks::INT4
-    )
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn unpack_super<const ID: u32, const BYTES: usize>(
-    rows: &[&[[u8; BYTES]]; PANEL_ROWS],
-    block: usize,
-    panel: &mut SuperPanel,
-) {
-    for half in 0..2 {
-        let mut q = [[_mm256_setzero_si256(); 8]; 8];
-        let (mut d, mut dmin) = ([0; 8], [0; 8]);
-        for i in 0..8 {
-            let block = &rows[8 * half + i][block];
-            let of_row = superblock::<ID, BYTES>(block);
-            for g in 0..8 {
-                q[g][i] = of_row[g];
-            }
-            (d[i], dmin[i]) = half_factors::<ID, BYTES>(block);
-            let (scales, minima) = factors::<ID, BYTES>(block);
-            let minima = match offset_shift(ID) {
-                Some(shift) => _mm256_sll_epi16(scales, _mm_cvtsi32_si128(shift)),
-                None => minima,
-            };
-            let (scales, minima) = (store_i16(scales), store_i16(minima));
-            for g in 0..8 {
-                panel.scales[2 * g][half][i] = [scales[g]; 2];
-                panel.scales[2 * g + 1][half][i] = [scales[g + 8]; 2];
-            }
-            if groups_of_32(ID) {
-                for g in 0..4 {
-                    panel.minima[g][half][i] = [minima[2 * g], minima[2 * g + 1]];
-                }
-            } else {
-                for g in 0..8 {
-                    panel.minima[g][half][i] = [minima[g], minima[g + 8]];
-                }
-            }
-        }
-        for g in 0..8 {
-            let q = transpose(q[g]);
-            for i in 0..8 {
-                panel.q[g][i][half] = store(q[i]);
-            }
-        }
-        panel.d[half] = store_f32(from_f16(d));
-        panel.dmin[half] = store_f32(from_f16(dmin));
-    }
 }
 
 /// As [`multiply`].

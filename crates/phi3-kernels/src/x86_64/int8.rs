@@ -4,7 +4,7 @@ use super::{blocks, gemm, gemv, wide};
 use crate::activations::Quantized;
 use crate::{BlockType, MatrixRef, scalar};
 
-/// Tokens from which on unpacking the weights pays.
+/// Tokens from which on weights are unpacked and turned.
 const GEMM_TOKENS: usize = 4;
 
 /// [`scalar::int8_rows`].

@@ -88,7 +88,7 @@ impl Layouts {
         x.avx2.superblocks.get_or_init(|| superblocks(x))
     }
 
-    /// In the order of [`class_order`].
+    /// In the order of [`in_tiles`].
     pub(super) fn tiles(x: &Quantized) -> &[Tile] {
         x.avx2.tiles.get_or_init(|| {
             let empty = Tile {
@@ -96,7 +96,7 @@ impl Layouts {
                 scales: [0.0; TILE],
                 sums: [0; TILE],
             };
-            class_order(x, empty, |tile, token| {
+            in_tiles(x, empty, |tile, token| {
                 let k = token.lane;
                 for (i, dword) in token.dwords.iter().enumerate() {
                     tile.values[i][k] = dword_of(dword);
@@ -107,7 +107,7 @@ impl Layouts {
         })
     }
 
-    /// In the order of [`class_order`].
+    /// In the order of [`in_tiles`].
     pub(super) fn supertiles(x: &Quantized) -> &[SuperTile] {
         x.avx2.supertiles.get_or_init(|| {
             let empty = SuperTile {
@@ -116,7 +116,7 @@ impl Layouts {
                 sums_32: [[0; TILE]; 4],
                 scales: [0.0; TILE],
             };
-            class_order(x, empty, |tile, token| {
+            in_tiles(x, empty, |tile, token| {
                 let k = token.lane;
                 for (i, dword) in token.dwords.iter().enumerate() {
                     tile.values[i / 8][i % 8][k] = dword_of(dword);
@@ -134,14 +134,14 @@ impl Layouts {
         })
     }
 
-    /// In the order of [`class_order`].
+    /// In the order of [`in_tiles`].
     pub(super) fn wide_tiles(x: &Quantized) -> &[WideTile] {
         x.avx2.wide_tiles.get_or_init(|| {
             let empty = WideTile {
                 values: [[0; TILE]; 16],
                 scales: [0.0; TILE],
             };
-            class_order(x, empty, |tile, token| {
+            in_tiles(x, empty, |tile, token| {
                 let to = tile.values.as_chunks_mut::<2>().0;
                 for ([first, second], dword) in to.iter_mut().zip(token.dwords) {
                     [first[token.lane], second[token.lane]] = pairs(*dword);
@@ -167,6 +167,27 @@ pub(super) fn class_len(groups: usize, class: usize) -> usize {
     (groups + LANES - 1 - class) / LANES
 }
 
+/// Whether so many tiles keep all their partial sums at a time: 16 KiB for eight.
+pub(super) fn few_tiles(tiles: usize) -> bool {
+    tiles <= 8
+}
+
+/// The groups of tile `tile` of `tiles` for partial sum `class`, in order.
+pub(super) fn groups_of<T>(
+    x: &[T],
+    tiles: usize,
+    tile: usize,
+    class: usize,
+) -> impl Iterator<Item = &T> {
+    let groups = x.len() / tiles;
+    if few_tiles(tiles) {
+        return x[tile * groups..][..groups][class..].iter().step_by(LANES);
+    }
+    let len = class_len(groups, class);
+    let before: usize = (0..class).map(|class| class_len(groups, class)).sum();
+    x[before * tiles + tile * len..][..len].iter().step_by(1)
+}
+
 /// One group of one token, for lane `lane` of a tile.
 struct Token<'a> {
     lane: usize,
@@ -175,9 +196,9 @@ struct Token<'a> {
     sums: &'a [i16],
 }
 
-/// Groups class by class: within a class tile by tile of four tokens, within a tile by column.
-/// `fill` writes one token into what begins as `empty`.
-fn class_order<T: Copy + Send>(
+/// Tile by tile of four tokens, within a tile by column; of many tiles so for the groups of one partial
+/// sum after those of the other. `fill` writes one token into what begins as `empty`.
+fn in_tiles<T: Copy + Send>(
     x: &Quantized,
     empty: T,
     fill: impl Fn(&mut T, Token<'_>) + Sync,
@@ -186,11 +207,12 @@ fn class_order<T: Copy + Send>(
     let tiles = x.n.div_ceil(TILE);
     let mut out = vec![empty; tiles * groups];
     let mut rest = out.as_mut_slice();
+    let classes = if few_tiles(tiles) { 1 } else { LANES };
     let fill_tile = |class: usize, tile: usize, out: &mut [T]| {
         for lane in 0..TILE.min(x.n - tile * TILE) {
             let t = tile * TILE + lane;
             for (k, out) in out.iter_mut().enumerate() {
-                let i = t * groups + class + k * LANES;
+                let i = t * groups + class + k * classes;
                 let sums = x.group / SUM_GROUP;
                 let token = Token {
                     lane,
@@ -202,8 +224,11 @@ fn class_order<T: Copy + Send>(
             }
         }
     };
-    for class in 0..LANES.min(groups) {
-        let len = class_len(groups, class);
+    for class in 0..classes.min(groups) {
+        let len = match classes {
+            1 => groups,
+            _ => class_len(groups, class),
+        };
         let of_class;
         (of_class, rest) = rest.split_at_mut(len * tiles);
         if tiles < PARALLEL_TILES {

@@ -23,7 +23,7 @@ pub(super) type Lanes = Sums<f32>;
 pub(super) type Integers = Sums<i32>;
 
 /// A scale of each row of a panel, twice.
-pub(super) type Scales = [[[i16; 2]; 8]; 2];
+pub(super) type Scales = [[i16; 16]; 2];
 
 /// Four successive columns: of sixteen rows, eight to a vector.
 pub(super) type Weights = [[u8; 32]; 2];

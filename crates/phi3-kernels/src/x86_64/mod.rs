@@ -12,6 +12,7 @@ mod int8;
 mod kernels;
 mod layouts;
 mod micro;
+mod panel;
 mod vector;
 mod vnni;
 mod wide;

@@ -141,6 +141,27 @@ pub(super) fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
     ]
 }
 
+/// [`transpose`] of eight rows of four dwords, of which vector i holds row i and, in its upper half,
+/// row i + 4.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn transpose_halves(r: [__m256i; 4]) -> [__m256i; 4] {
+    let low = [
+        _mm256_unpacklo_epi32(r[0], r[1]),
+        _mm256_unpacklo_epi32(r[2], r[3]),
+    ];
+    let high = [
+        _mm256_unpackhi_epi32(r[0], r[1]),
+        _mm256_unpackhi_epi32(r[2], r[3]),
+    ];
+    [
+        _mm256_unpacklo_epi64(low[0], low[1]),
+        _mm256_unpackhi_epi64(low[0], low[1]),
+        _mm256_unpacklo_epi64(high[0], high[1]),
+        _mm256_unpackhi_epi64(high[0], high[1]),
+    ]
+}
+
 /// The eight dwords of each of four vectors, summed by halves: lane i is the lower half of
 /// vector i, lane i + 4 its upper half.
 #[target_feature(enable = "avx2")]

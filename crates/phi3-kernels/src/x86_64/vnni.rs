@@ -28,7 +28,7 @@ use self::lanes::Vnni;
 use super::blocks::{
     self, factors, half_factors, has_minimum, is_signed, offset_shift, single, superblock,
 };
-use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len};
+use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, groups_of};
 use super::vector::{from_f16, load, load_f32, store, store_f32, store_i16, transpose};
 use crate::activations::Quantized;
 use crate::backend::Kernels;
@@ -176,15 +176,14 @@ fn rows<V: Vnni, T: Columns, const ID: u32, const BYTES: usize, const PARTS: usi
         let row = |i: usize| w.row(first_row + start + i.min(last)).as_chunks().0;
         let panel_rows: [&[[u8; BYTES]]; PANEL_ROWS] = std::array::from_fn(row);
         sums.fill([[[0.0; 8]; 2]; TILE]);
-        let mut rest = tiles;
         for class in 0..LANES.min(groups) {
             let len = class_len(groups, class);
             for (i, panel) in panel.iter_mut().enumerate().take(len) {
                 unpack::<ID, BYTES, PARTS>(&panel_rows, class + i * LANES, panel);
             }
-            let of_class;
-            (of_class, rest) = rest.split_at(len * sums.len());
-            for (x, sums) in of_class.chunks_exact(len).zip(&mut sums) {
+            let num_tiles = sums.len();
+            for (tile, sums) in sums.iter_mut().enumerate() {
+                let x = groups_of(tiles, num_tiles, tile, class);
                 multiply::<V, T, ID, PARTS>(v, &panel[..len], x, sums);
             }
         }
@@ -260,10 +259,10 @@ fn unpack<const ID: u32, const BYTES: usize, const PARTS: usize>(
 
 /// Adds the blocks of a partial sum, in order, to `sums`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply<V: Vnni, T: Columns, const ID: u32, const PARTS: usize>(
+fn multiply<'a, V: Vnni, T: Columns + 'a, const ID: u32, const PARTS: usize>(
     v: V,
     w: &[Panel<PARTS>],
-    x: &[T],
+    x: impl Iterator<Item = &'a T>,
     sums: &mut Floats,
 ) {
     let mut lanes = [[[0.0; 8]; 2]; TILE];

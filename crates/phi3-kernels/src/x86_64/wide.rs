@@ -11,11 +11,12 @@
 
 use std::arch::x86_64::*;
 
-use super::blocks::{half_factors, single};
-use super::gemm::{Ahead, NO_LANES, PANEL_ROWS, add, bring_home, panel_rows, panels};
-use super::layouts::{LANES, Layouts, TILE, WideTile, class_len};
+use super::blocks::columns;
+use super::gemm::{Ahead, NO_LANES, add, bring_home, panel_rows, panels};
+use super::layouts::{LANES, Layouts, TILE, WideTile, class_len, few_tiles};
 use super::micro::{self, Lanes, Pairs};
-use super::vector::{from_f16, load_f32, store_f32, store_i16, transpose};
+use super::panel::{PANEL_ROWS, eight_blocks, eight_factors};
+use super::vector::{load_f32, store_f32, store_i16};
 use crate::MatrixRef;
 use crate::activations::Quantized;
 
@@ -60,26 +61,18 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn unpack<const ID: u32, const BYTES: usize>(
-    rows: &[&[[u8; BYTES]]; PANEL_ROWS],
-    block: usize,
+    blocks: [&[u8; BYTES]; 8],
+    half: usize,
     panel: &mut Panel,
 ) {
-    for half in 0..2 {
-        let mut q = [_mm256_setzero_si256(); 8];
-        let mut d = [0; 8];
-        for i in 0..8 {
-            let block = &rows[8 * half + i][block];
-            q[i] = single::<ID, BYTES>(block);
-            (d[i], _) = half_factors::<ID, BYTES>(block);
-        }
-        let q = transpose(q);
-        for i in 0..8 {
-            let [even, odd] = widened(q[i]);
-            panel.q[2 * i][half] = store_i16(even);
-            panel.q[2 * i + 1][half] = store_i16(odd);
-        }
-        panel.d[half] = store_f32(from_f16(d));
+    let q = columns::<ID, BYTES>(blocks);
+    for i in 0..8 {
+        let [even, odd] = widened(q[i]);
+        panel.q[2 * i][half] = store_i16(even);
+        panel.q[2 * i + 1][half] = store_i16(odd);
     }
+    let (d, _) = eight_factors::<ID, BYTES>(blocks);
+    panel.d[half] = store_f32(d);
 }
 
 /// Signed bytes in sixteen bits: those at even places, and those at odd ones.
