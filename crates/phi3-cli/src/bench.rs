@@ -21,9 +21,9 @@ use random::RandomArgs;
 use report::{Model, Report};
 use weights::Weights;
 
-/// Measures how fast a model reads prompts and how fast it generates, each by itself.
+/// Measure how fast a model is on this machine.
 ///
-/// A prompt counts until the logits of its last token are there; it is read in pieces of 512
+/// Reading prompts and generating are measured each by itself. A prompt counts until the logits of its last token are there; it is read in pieces of 512
 /// tokens, as in `generate`. Generation is greedy decoding of given tokens. Every test runs once
 /// to warm up, then --repeat times; the median counts. Flags with several values, separated by
 /// commas, make a test of every combination.

@@ -12,9 +12,9 @@ use crate::input::{Conversation, Input};
 use crate::sampling::SamplingArgs;
 use crate::{interrupt, output, system};
 
-/// Talks with a model, turn by turn. Ctrl-C stops an answer, Ctrl-D leaves.
+/// Talk with a model.
 ///
-/// From a pipe or file each line is a message; answers go to stdout, one after the other.
+/// Ctrl-C stops an answer, Ctrl-D leaves. From a pipe or file each line is a message; answers go to stdout, one after the other.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

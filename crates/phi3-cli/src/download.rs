@@ -8,7 +8,7 @@ use phi3::hub::{Source, TerminalProgress, download};
 use crate::args::PositionalSourceArgs;
 use crate::output;
 
-/// Fetches config, tokenizer and weights, checks them, and prints the folder they are in.
+/// Fetch a model from the hub into the local cache, and print where it is.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

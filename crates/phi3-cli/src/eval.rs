@@ -12,7 +12,7 @@ use crate::args::{ComputeArgs, HubArgs, SourceArgs, load_exactly};
 use crate::interrupt;
 use crate::output;
 
-/// Measures a model.
+/// Measure how good a model is.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -21,14 +21,13 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// How far a model is from another one, such as a quantized one from its original.
     Kl(KlArgs),
 }
 
-/// Prints perplexities, the divergence of the next token's distribution (mean, median, 99.9 %,
-/// largest) and how often both models prefer the same token.
+/// How far a model is from another one, such as a quantized one from its original.
 ///
-/// The text is cut into windows that do not overlap; the second half of each is scored.
+/// Prints perplexities, the divergence of the next token's distribution (mean, median, 99.9 %,
+/// largest) and how often both models prefer the same token. The text is cut into windows that do not overlap; the second half of each is scored.
 #[derive(clap::Args)]
 struct KlArgs {
     /// The model: a repo id on the hub, a folder, or a .gguf file. Several models, each with its own

@@ -12,7 +12,9 @@ use crate::args::{ComputeArgs, ImageArgs, SourceArgs, load};
 use crate::sampling::SamplingArgs;
 use crate::{input, interrupt, output, system};
 
-/// Answers a prompt. With a model that has a chat template the prompt is one turn of a
+/// Continue a prompt, or answer it as one turn of a chat.
+///
+/// With a model that has a chat template the prompt is one turn of a
 /// conversation; with --raw, or without a template, it is a text to continue.
 #[derive(clap::Args)]
 pub struct Args {

@@ -7,7 +7,7 @@ use phi3::image::{CROP, Image, Layout, Limits, Processor, encode_png};
 
 use crate::output;
 
-/// Draws how a picture is cut into crops, and states the tokens it takes.
+/// Draw how a picture is cut into crops, and state the tokens it takes.
 ///
 /// Padding is drawn as dots. Nothing is downloaded and no model is loaded.
 #[derive(clap::Args)]

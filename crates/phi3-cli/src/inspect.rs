@@ -15,8 +15,9 @@ use serde_json::Value;
 use crate::args::{PositionalSourceArgs, open, open_by};
 use crate::output;
 
-/// Prints architecture, parameters, context, rope, quantization, size and estimated memory; with
-/// --router instead which experts a prompt takes.
+/// Show what a model is: architecture, size, quantization, memory.
+///
+/// With --router instead which experts a prompt takes.
 ///
 /// Of a model on the hub the small files and the headers of its safetensors files are fetched; a .gguf
 /// file, and what --router runs, as a whole.

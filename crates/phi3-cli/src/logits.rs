@@ -14,9 +14,9 @@ use phi3::nn::{CausalLm, Input, KvCache, LogitRows, ModelInfo, Observer, Recompu
 use crate::args::{ComputeArgs, ImageArgs, SourceArgs, load_exactly};
 use crate::output::UsageError;
 
-/// Runs token ids and writes `logits` f32 [n, vocab], row i after id i.
+/// Write the logits of given token ids, for comparison with another implementation.
 ///
-/// With several files their sequences run packed in one batch, and each tensor's name starts with
+/// The file has `logits`, f32 [n, vocab], row i after id i. With several files their sequences run packed in one batch, and each tensor's name starts with
 /// its file's stem and a dot.
 #[derive(clap::Args)]
 pub struct Args {

@@ -37,27 +37,18 @@ struct Cli {
     verbose: u8,
 }
 
+/// The arguments of each command say what it does: a comment here would hide theirs from --help.
 #[derive(Subcommand)]
 enum Command {
-    /// Fetch a model from the hub into the local cache, and print where it is.
     Download(download::Args),
-    /// Show what a model is: architecture, size, quantization, memory.
     Inspect(inspect::Args),
-    /// Continue a prompt, or answer it as one turn of a chat.
     Generate(generate::Args),
-    /// Talk with a model.
     Chat(chat::Args),
-    /// Show how a text is split into tokens.
     Tokenize(tokenize::Args),
-    /// Write the logits of given token ids, for comparison with another implementation.
     Logits(logits::Args),
-    /// Draw how a picture is cut into crops, and state the tokens it takes.
     ImageInfo(image_info::Args),
-    /// Measure how fast a model is on this machine.
     Bench(Box<bench::Args>),
-    /// Write a model as one GGUF file, in fewer bits.
     Quantize(quantize::Args),
-    /// Measure how good a model is.
     Eval(Box<eval::Args>),
     /// Print a completion script for a shell.
     ///

@@ -15,8 +15,10 @@ use crate::args::{HubArgs, SourceArgs, open};
 use crate::interrupt;
 use crate::output::{self, UsageError};
 
-/// Writes a model as one GGUF file, tokenizer and chat template included, which llama.cpp reads too,
-/// but for Phi-3-small, which it does not know.
+/// Write a model as one GGUF file, in fewer bits.
+///
+/// Tokenizer and chat template are included. llama.cpp reads the file too, but for Phi-3-small, which it
+/// does not know.
 ///
 /// Types: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, IQ4_NL,
 /// Q4_0, INT4, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, largest first. INT4 is the smallest of four bits and this

@@ -12,7 +12,7 @@ pub struct SamplingArgs {
     pub max_new_tokens: usize,
     /// 0 chooses the most likely token; 1 draws from the model's distribution [default: what the
     /// checkpoint says, else 0; 1 with --top-k, --top-p or --min-p].
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Draw only from the K most likely tokens.
     #[arg(long, value_name = "K")]
@@ -24,13 +24,13 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
     /// Makes every token seen so far less likely; 1 changes nothing.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// Subtracted once from the logit of a token generated before.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     presence_penalty: Option<f32>,
     /// Subtracted for every time a token was generated before.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     frequency_penalty: Option<f32>,
     /// Add X to the logit of token ID; may be given several times.
     #[arg(long, value_name = "ID=X", value_parser = parse_bias)]

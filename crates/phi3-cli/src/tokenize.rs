@@ -10,9 +10,9 @@ use phi3::{load_template, load_tokenizer, with_image_tags};
 use crate::args::{SourceArgs, open_by};
 use crate::{input, output};
 
-/// Prints one line per token: its id, and the token as it stands in the vocabulary.
+/// Show how a text is split into tokens.
 ///
-/// The weights of a model are not needed, and not fetched, unless it is a .gguf file.
+/// Prints one line per token: its id, and the token as it stands in the vocabulary. The weights of a model are not needed, and not fetched, unless it is a .gguf file.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -225,6 +225,9 @@ fn flags_that_choose_tokens() -> Result<()> {
     )?;
     let xs = text.chars().take_while(|c| *c == 'x').count();
     ensure!((2..19).contains(&xs), "{text:?}");
+    // A negative number is a flag's value also where it stands apart.
+    let apart = ["-p", "x", "--presence-penalty", "-2"];
+    ensure!(generate(&tiny, &apart)? == generate(&tiny, &["-p", "x", "--presence-penalty=-2"])?);
     for (flag, value) in [
         ("--temperature", "-1"),
         ("--temperature", "NaN"),

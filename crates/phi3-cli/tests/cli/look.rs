@@ -319,6 +319,16 @@ fn help_of_every_command() -> Result<()> {
             );
         }
     }
+    // What a command says of itself at length is shown, not only the line in the list.
+    for (command, words) in [
+        (&["quantize"][..], "Q4_K_M is what most people want"),
+        (&["eval", "kl"], "the second half of each is scored"),
+        (&["inspect"], "headers of its safetensors"),
+        (&["bench"], "Every test runs once to warm up"),
+    ] {
+        let found = stdout([command, &["--help"]].concat())?;
+        ensure!(found.contains(words), "{command:?}: {found}");
+    }
     for name in ["generate", "chat"] {
         let found = stdout([name, "--help"])?;
         let (before, sampling) = found.split_once("\nSampling:").context("Sampling")?;
