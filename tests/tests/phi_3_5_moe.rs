@@ -341,6 +341,40 @@ fn experts_are_counted_by_the_config() -> Result<()> {
     Ok(())
 }
 
+/// Counts the rows that reach the second matrix of any expert.
+#[derive(Default)]
+struct ExpertRows(usize);
+
+impl Observer for ExpertRows {
+    fn wants(&self, name: &str) -> bool {
+        name.contains(".experts.") && name.ends_with(".w2")
+    }
+
+    fn observe(&mut self, _: &str, value: &Tensor) -> phi3_nn::Result<()> {
+        self.0 += value.dim(0)?;
+        Ok(())
+    }
+}
+
+/// Passing the limit computes all of the history again; the observer of an expert sees none of it.
+#[test]
+fn experts_show_the_rows_that_were_sent() -> Result<()> {
+    let (_, model) = load_fixture("phi3.5-moe")?;
+    let limit = model.info().original_max_position_embeddings;
+    let limit = limit.context("a limit")?;
+    let ids = some_ids(4, limit + 3);
+    let mut cache = model.new_cache();
+    step(&model, &mut cache, &ids[..limit])?;
+    let mut rows = ExpertRows::default();
+    observed_step(&model, &mut cache, &ids[limit..], Some(&mut rows))?;
+    ensure!(
+        rows.0 == 3 * 2 * model.info().num_hidden_layers,
+        "{}",
+        rows.0
+    );
+    Ok(())
+}
+
 #[test]
 fn broken_configs_are_refused_by_name() -> Result<()> {
     let kit = Kit::load(&fixtures().join("phi3.5-moe"))?;

@@ -286,5 +286,9 @@ mod tests {
         let near = |a: f64, b: f64| (a - b).abs() < 1e-12;
         assert!(near(found.perplexity, 2.0) && near(found.reference_perplexity, 3.0));
         assert!(near(found.mean_kl, 0.25) && near(found.same_top, 2.0 / 3.0));
+        // Deviation √(1/24), of a mean of three.
+        assert!(near(found.mean_kl_error, (1f64 / 24.0 / 3.0).sqrt()));
+        let scores: Vec<_> = (0..=2000).map(|kl| score(f64::from(kl), true)).collect();
+        assert_eq!(summarize(&scores).kl_99_9, 1998.0);
     }
 }

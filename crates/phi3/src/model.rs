@@ -344,3 +344,58 @@ pub fn load_template(
     };
     Ok(Some(ChatTemplate::parse(&source.text, tokens)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_generation_config_says_how_tokens_are_chosen() {
+        assert_eq!(default_sampling(None), SamplingParams::greedy());
+        let all = json!({
+            "do_sample": true,
+            "temperature": 0.5,
+            "top_k": 7,
+            "top_p": 0.75,
+            "min_p": 0.25,
+            "repetition_penalty": 1.5,
+        });
+        let expected = SamplingParams {
+            temperature: 0.5,
+            top_k: Some(7),
+            top_p: Some(0.75),
+            min_p: Some(0.25),
+            repetition_penalty: 1.5,
+            ..SamplingParams::default()
+        };
+        assert_eq!(default_sampling(Some(&all)), expected);
+        // Without `do_sample` transformers takes the likeliest token, of penalized ones too.
+        let mut greedy = all;
+        greedy["do_sample"] = false.into();
+        let expected = SamplingParams {
+            repetition_penalty: 1.5,
+            ..SamplingParams::greedy()
+        };
+        assert_eq!(default_sampling(Some(&greedy)), expected);
+    }
+
+    #[test]
+    fn transformers_defaults_stand_for_what_is_not_said() {
+        let sampling = |json: Value| default_sampling(Some(&json));
+        let found = sampling(json!({"do_sample": true, "top_p": 1.0}));
+        assert_eq!((found.temperature, found.top_k), (1.0, Some(50)));
+        assert_eq!((found.top_p, found.min_p), (None, None));
+        for none in [json!(0), Value::Null] {
+            let found = sampling(json!({"do_sample": true, "top_k": none}));
+            assert_eq!(found.top_k, None);
+        }
+    }
+
+    #[test]
+    fn a_budget_leaves_a_share_for_the_rest() {
+        assert_eq!(process_share(1 << 30), 64 << 20);
+        assert_eq!(process_share(1 << 40), 512 << 20);
+    }
+}

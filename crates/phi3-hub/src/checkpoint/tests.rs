@@ -58,6 +58,20 @@ fn a_full_folder() {
 }
 
 #[test]
+fn what_a_config_says_of_its_image_tower_wins() {
+    let folder = folder(&[
+        (
+            "config.json",
+            r#"{"vision_config":{"num_attention_heads":4}}"#,
+        ),
+        ("clip_vision_config.json", r#"{"num_attention_heads":2}"#),
+    ]);
+    let checkpoint = open_folder(folder.path()).unwrap();
+    let vision = &checkpoint.config["vision_config"];
+    assert_eq!(vision["num_attention_heads"], 4);
+}
+
+#[test]
 fn only_config_and_weights_are_required() {
     let folder = folder(&[("config.json", "{}")]);
     let checkpoint = open_folder(folder.path()).unwrap();

@@ -336,12 +336,12 @@ fn importance_changes_its_layer_only() {
         let same = bytes(&plain) == bytes(&weighted);
         assert_eq!(same, name != format!("{layer}.weight"), "{name}");
     }
-    importance.insert(layer, vec![1.0; 3]);
-    let error = QuantizedSource::new(&checkpoint, mix, Some(importance))
-        .err()
-        .unwrap();
-    assert!(
-        error.to_string().contains("importance of 3 columns"),
-        "{error}"
-    );
+    for columns in [3, HIDDEN + 1] {
+        importance.insert(layer, vec![1.0; columns]);
+        let error = QuantizedSource::new(&checkpoint, mix, Some(importance.clone()))
+            .err()
+            .unwrap();
+        let expected = format!("importance of {columns} columns");
+        assert!(error.to_string().contains(&expected), "{error}");
+    }
 }
