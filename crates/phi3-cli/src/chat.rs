@@ -238,7 +238,7 @@ fn is_command(word: &str) -> bool {
 fn is_too_long(error: &phi3::Error) -> bool {
     matches!(
         error,
-        phi3::Error::Text(phi3::text::Error::PromptTooLong { .. })
+        phi3::Error::Text(text) if matches!(**text, phi3::text::Error::PromptTooLong { .. })
     )
 }
 

@@ -147,7 +147,7 @@ pub fn report(error: &anyhow::Error) {
     }
     let too_long = |cause: &(dyn std::error::Error + 'static)| {
         let text = match cause.downcast_ref::<phi3::Error>() {
-            Some(phi3::Error::Text(text)) => Some(text),
+            Some(phi3::Error::Text(text)) => Some(text.as_ref()),
             _ => cause.downcast_ref::<phi3::text::Error>(),
         };
         matches!(text, Some(phi3::text::Error::PromptTooLong { .. }))
@@ -166,7 +166,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     let no_model = error.chain().any(|cause| {
         let facade = cause.downcast_ref::<phi3::Error>();
         let hub = match facade {
-            Some(phi3::Error::Hub(hub)) => Some(hub),
+            Some(phi3::Error::Hub(hub)) => Some(hub.as_ref()),
             _ => cause.downcast_ref::<phi3::hub::Error>(),
         };
         matches!(

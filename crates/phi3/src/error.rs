@@ -6,13 +6,13 @@
 pub enum Error {
     /// The files could not be found, downloaded or read.
     #[error(transparent)]
-    Hub(#[from] phi3_hub::Error),
+    Hub(Box<phi3_hub::Error>),
     /// The model could not be built or run.
     #[error(transparent)]
-    Model(#[from] phi3_nn::Error),
+    Model(Box<phi3_nn::Error>),
     /// Text could not be encoded, rendered, sampled or decoded.
     #[error(transparent)]
-    Text(#[from] phi3_text::Error),
+    Text(Box<phi3_text::Error>),
     /// A `model_type` that this version cannot build.
     #[error("model_type `{found}` is not supported; this version runs: {supported}")]
     ModelType {
@@ -35,7 +35,7 @@ pub enum Error {
     },
     /// Weights cannot be quantized as asked.
     #[error(transparent)]
-    Quantize(#[from] phi3_hub::quantize::Error),
+    Quantize(Box<phi3_hub::quantize::Error>),
     /// Two models cannot be compared as asked.
     #[error("cannot compare: {reason}")]
     Evaluation {
@@ -99,3 +99,31 @@ pub enum Error {
 
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Errors of the crates below are boxed, so that a result is not as large as the largest of theirs.
+macro_rules! boxed {
+    ($($variant:ident($error:ty),)*) => {$(
+        impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        }
+    )*};
+}
+
+boxed! {
+    Hub(phi3_hub::Error),
+    Model(phi3_nn::Error),
+    Text(phi3_text::Error),
+    Quantize(phi3_hub::quantize::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_no_larger_than_it_must_be() {
+        assert!(size_of::<Error>() <= 64, "{}", size_of::<Error>());
+    }
+}

@@ -244,9 +244,7 @@ impl LanguageModel {
         request.stop_ids.clone_from(&self.stop_ids);
         request.continues_prompt = true;
         let mut completions = complete(self.model.as_ref(), tokenizer, [request])?;
-        completions.pop().ok_or_else(|| Error::NoTokenizer {
-            origin: self.origin.clone(),
-        })
+        Ok(completions.pop().expect("one request has one completion"))
     }
 
     /// A new conversation.

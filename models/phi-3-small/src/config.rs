@@ -20,7 +20,7 @@ pub struct RawConfig {
     pub rope_embedding_base: f64,
     #[serde(default = "one")]
     pub rope_position_scale: f64,
-    pub rope_scaling: Option<RawRopeScaling>,
+    pub rope_scaling: Option<RopeScalingConfig>,
     pub hidden_size: usize,
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
@@ -50,16 +50,6 @@ pub struct RawConfig {
     pub tie_word_embeddings: bool,
     /// Not in hub configs; vLLM reads it too.
     pub dummy_token_indices: Option<Vec<u32>>,
-}
-
-/// `rope_scaling` of the 128k checkpoints: with a factor on cos and sin for each regime.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[allow(missing_docs, reason = "the names are Hugging Face's")]
-pub struct RawRopeScaling {
-    #[serde(flatten)]
-    pub scaling: RopeScalingConfig,
-    pub short_mscale: Option<f64>,
-    pub long_mscale: Option<f64>,
 }
 
 fn yes() -> bool {
@@ -270,9 +260,8 @@ fn rope_parameters(raw: &RawConfig, head_dim: usize) -> Result<RopeParameters> {
             "heads of {head_dim} dimensions cannot be rotated in pairs"
         )));
     }
-    let none = RawRopeScaling::default();
-    let raw_scaling = raw.rope_scaling.as_ref().unwrap_or(&none);
-    let scaling = &raw_scaling.scaling;
+    let none = RopeScalingConfig::default();
+    let scaling = raw.rope_scaling.as_ref().unwrap_or(&none);
     let long = match scaling.kind()? {
         RopeKind::Default => None,
         RopeKind::LongRope => {
@@ -284,8 +273,8 @@ fn rope_parameters(raw: &RawConfig, head_dim: usize) -> Result<RopeParameters> {
             )?;
             let positive = |mscale: Option<f64>| mscale.filter(|mscale| *mscale > 0.0);
             // Without its own factor the short regime has none; phi3 applies the formula to both.
-            long.short_mscale = positive(raw_scaling.short_mscale).unwrap_or(1.0);
-            if let Some(mscale) = positive(raw_scaling.long_mscale) {
+            long.short_mscale = positive(scaling.short_mscale).unwrap_or(1.0);
+            if let Some(mscale) = positive(scaling.long_mscale) {
                 long.long_mscale = mscale;
             }
             if !(long.short_mscale.is_finite() && long.long_mscale.is_finite()) {
