@@ -7,16 +7,15 @@ use super::tile::{Queries, Sequence};
 use crate::dispatch::Backend;
 use crate::threads;
 
-/// Rows of queries that go through the keys together: half-precision keys are widened once for
+/// Rows of queries that go through the keys together: a backend lays keys and values out once for
 /// all of them, and their scores stay in the second-level cache. A multiple of a backend's
 /// register block.
-const MAX_ROWS: usize = 96;
+const MAX_ROWS: usize = 144;
 
 /// Tiles that a piece has at least where a sequence's keys are split between threads.
 const MIN_SPLIT_TILES: usize = 2;
 
 /// The queries of one key/value head that go through its keys together.
-#[derive(Clone)]
 struct Unit<'a> {
     sequence: Sequence<'a>,
     head: usize,
@@ -24,27 +23,35 @@ struct Unit<'a> {
     tiles: Range<usize>,
 }
 
+/// Where the results of a unit go: `[g, d]` for each query.
+type Out<'o> = Vec<&'o mut [f32]>;
+
 /// What one thread does at a time.
-enum Piece<'u, 'a> {
-    /// All tiles of a unit, to its output `[l, g, d]`.
-    Whole(&'u Unit<'a>, &'u mut [f32]),
+enum Piece<'u, 'o, 'a> {
+    /// All tiles of a unit, to its output.
+    Whole(&'u Unit<'a>, &'u mut Out<'o>),
     /// Some tiles of a unit, to the sums of each.
     Tiles(&'u Unit<'a>, Range<usize>, &'u mut [f32]),
 }
 
 pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     let mut units = Vec::new();
+    let mut outs: Vec<Out<'_>> = Vec::new();
     let mut work = 0usize;
-    for job in jobs.iter() {
+    for job in jobs {
         let sequence = Sequence::new(job);
+        let (queries, kv_heads) = (job.queries(), job.num_kv_heads);
         let step = (MAX_ROWS / sequence.group).max(1);
-        for head in 0..job.num_kv_heads {
-            for first in (0..job.queries()).step_by(step) {
-                let queries = first..(first + step).min(job.queries());
+        let first_out = outs.len();
+        let steps = queries.div_ceil(step);
+        for head in 0..kv_heads {
+            for first in (0..queries).step_by(step) {
+                let queries = first..(first + step).min(queries);
                 let tiles = sequence.tiles(queries.clone());
                 let rows = queries.len() * sequence.group;
                 let products = 2 * rows * tiles.len() * super::tile::TILE;
                 work = work.saturating_add(products.saturating_mul(sequence.shape.head_dim));
+                outs.push(Vec::with_capacity(queries.len()));
                 units.push(Unit {
                     sequence,
                     head,
@@ -53,10 +60,15 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
                 });
             }
         }
+        let out = job
+            .out
+            .chunks_exact_mut(sequence.group * sequence.shape.head_dim);
+        for (i, out) in out.enumerate() {
+            let (query, head) = (i / kv_heads, i % kv_heads);
+            outs[first_out + head * steps + query / step].push(out);
+        }
     }
 
-    let total = units.iter().map(Unit::out_len).sum();
-    let mut out = vec![0.0; total];
     // The sums of every tile of a unit that is split, until they are joined.
     let tiles_per_piece = split(&units, work);
     let is_split = |unit: &Unit<'_>| tiles_per_piece.is_some_and(|n| unit.tiles.len() > n);
@@ -69,10 +81,7 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
         .collect();
 
     let mut pieces = Vec::new();
-    let mut rest = &mut out[..];
-    for (unit, sums) in units.iter().zip(&mut sums) {
-        let (part, after) = std::mem::take(&mut rest).split_at_mut(unit.out_len());
-        rest = after;
+    for ((unit, out), sums) in units.iter().zip(&mut outs).zip(&mut sums) {
         match tiles_per_piece {
             Some(n) if is_split(unit) => {
                 let firsts = unit.tiles.clone().step_by(n);
@@ -82,7 +91,7 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
                     pieces.push(Piece::Tiles(unit, tiles, sums));
                 }
             }
-            _ => pieces.push(Piece::Whole(unit, part)),
+            _ => pieces.push(Piece::Whole(unit, out)),
         }
     }
     if threads::chunk_len(pieces.len(), work) < pieces.len() {
@@ -92,25 +101,9 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     }
     drop(pieces);
 
-    let mut rest = &mut out[..];
-    let mut done = units.iter().zip(&sums);
-    for job in jobs {
-        let (h, d, group) = (job.num_heads, job.shape.head_dim, job.group());
-        let mut left = job.out.len();
-        while left > 0 {
-            let Some((unit, sums)) = done.next() else {
-                return;
-            };
-            let (part, after) = std::mem::take(&mut rest).split_at_mut(unit.out_len());
-            rest = after;
-            left -= part.len();
-            if !sums.is_empty() {
-                unit.join_all(backend, sums, part);
-            }
-            for (i, part) in unit.queries.clone().zip(part.chunks_exact(group * d)) {
-                let start = (i * h + unit.head * group) * d;
-                job.out[start..start + group * d].copy_from_slice(part);
-            }
+    for ((unit, out), sums) in units.iter().zip(&mut outs).zip(&sums) {
+        if !sums.is_empty() {
+            unit.join_all(backend, sums, out);
         }
     }
 }
@@ -128,10 +121,6 @@ fn split(units: &[Unit<'_>], work: usize) -> Option<usize> {
 }
 
 impl Unit<'_> {
-    fn out_len(&self) -> usize {
-        self.queries.len() * self.sequence.group * self.sequence.shape.head_dim
-    }
-
     fn sums_len(&self) -> usize {
         super::tile::sums_len(&self.sequence, &self.queries)
     }
@@ -141,7 +130,7 @@ impl Unit<'_> {
     }
 
     /// Joins the sums of all tiles, in order.
-    fn join_all(&self, backend: Backend, sums: &[f32], out: &mut [f32]) {
+    fn join_all(&self, backend: Backend, sums: &[f32], out: &mut Out<'_>) {
         let queries = self.queries(backend);
         let mut joined = queries.no_sums();
         for sums in sums.chunks_exact(self.sums_len()) {
@@ -151,7 +140,7 @@ impl Unit<'_> {
     }
 }
 
-impl Piece<'_, '_> {
+impl Piece<'_, '_, '_> {
     fn run(&mut self, backend: Backend) {
         match self {
             Self::Whole(unit, out) => {

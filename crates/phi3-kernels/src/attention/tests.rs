@@ -217,3 +217,45 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 40,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    /// As many rows and keys as a prompt has: those of each row alone, to the bit.
+    #[test]
+    fn many_rows_are_computed_as_each_alone(
+        rows in 4usize..40,
+        n in 1usize..300,
+        vectors in 1usize..20,
+        half: bool,
+        seed: u64,
+    ) {
+        let (d, stride) = (8 * vectors, n + 3);
+        let mut random = Random(seed);
+        let q = random.units(rows * d);
+        let weights = random.units(rows * stride);
+        let start = random.units(rows * d);
+        let kv = random.units(n * d);
+        let halves: Vec<u16> = kv.iter().map(|v| f16::from_f32(*v).to_bits()).collect();
+        let kv = if half { Rows::F16(&halves) } else { Rows::F32(&kv) };
+        for backend in available() {
+            let name = backend.name();
+            let mut scores = vec![7.0; rows * stride];
+            backend.scores(&q, kv, d, &mut scores, stride);
+            let mut sums = start.clone();
+            backend.weighted_sum(&weights, stride, kv, d, &mut sums);
+            for r in 0..rows {
+                let mut alone = vec![7.0; stride];
+                backend.scores(&q[r * d..][..d], kv, d, &mut alone, stride);
+                prop_assert_eq!(&alone[..], &scores[r * stride..][..stride], "{} row {}", name, r);
+                let mut alone = start[r * d..][..d].to_vec();
+                backend.weighted_sum(&weights[r * stride..], stride, kv, d, &mut alone);
+                prop_assert_eq!(&alone[..], &sums[r * d..][..d], "{} row {}", name, r);
+            }
+        }
+    }
+}

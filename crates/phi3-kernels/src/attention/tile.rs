@@ -1,5 +1,6 @@
 //! One tile of keys for the queries of one key/value head.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::{AttentionJob, AttentionShape, KvPages, Rows, q8_0_row_bytes};
@@ -8,21 +9,21 @@ use crate::dispatch::Backend;
 /// Positions of a tile: softmax is joined at its multiples.
 pub(super) const TILE: usize = 256;
 
-/// Keys that are multiplied with all queries before the next ones: as f32 they stay in the
-/// first-level cache.
+/// Keys that are widened before they are multiplied, where a backend does not read them as they
+/// are.
 const BLOCK: usize = 64;
 
-/// Rows that a backend gets at once. Each sees a few more keys than the one before, so a group
-/// is small; it is a multiple of what register blocks take.
-const ROW_GROUP: usize = 12;
+/// Keys that are multiplied at once where some queries see only some of them.
+const COARSE_PART: usize = 64;
+/// The same where some queries see only some of those.
+const PART: usize = 16;
 
 /// Elements from one row of scores to the next: not a power of two, so that rows do not compete
 /// for the same lines of the cache.
 const STRIDE: usize = TILE + 16;
 
-/// Rows up to which a backend widens half-precision keys while it multiplies: more would widen
-/// them again and again.
-const DIRECT_ROWS: usize = 4;
+/// Rows up to which keys and values come faster through the processor than from memory.
+const STREAMED_ROWS: usize = 4;
 
 /// Rows of keys or values that are asked for ahead where the next ones lie elsewhere: about as many
 /// lines as a core can wait for.
@@ -30,6 +31,14 @@ const PREFETCH_ROWS: usize = 8;
 
 /// Widths of vectors that backends need not care about: rows are padded to a multiple.
 const LANES: usize = 8;
+
+/// Queries, or their results, that are asked for ahead.
+const AHEAD: usize = 8;
+
+thread_local! {
+    /// The scores of the last [`Queries`] of this thread, so that the next ones need no new memory.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Keys or values as they are stored: those that a backend reads as they are, or Q8_0 rows.
 #[derive(Clone, Copy)]
@@ -76,29 +85,40 @@ impl<'a> Sequence<'a> {
         all.start.max(within.start).min(end)..end
     }
 
-    /// The smallest range that holds all keys of `within` that a query of `queries` sees, and the
-    /// largest that holds only keys that each of them sees.
-    fn visible_to(
-        &self,
-        queries: Range<usize>,
-        within: &Range<usize>,
-    ) -> (Range<usize>, Range<usize>) {
-        let (mut some, mut all) = (within.end..within.start, within.clone());
-        for i in queries {
-            let seen = self.visible(i, within);
-            if seen.is_empty() {
-                all = 0..0;
-            } else {
-                some = some.start.min(seen.start)..some.end.max(seen.end);
-                all = all.start.max(seen.start)..all.end.min(seen.end);
+    /// Those of `queries` that see some of `keys`, and those that see all of them; for a window
+    /// that is not 0. What a later query sees starts and ends no earlier, so these follow one
+    /// another.
+    fn seeing(&self, queries: &Range<usize>, keys: &Range<usize>) -> (Range<usize>, Range<usize>) {
+        let seen = |i: usize| self.shape.visible_keys(i, self.len);
+        let first = |wanted: &dyn Fn(Range<usize>) -> bool| {
+            let (mut start, mut end) = (queries.start, queries.end);
+            while start < end {
+                let middle = start.midpoint(end);
+                if wanted(seen(middle)) {
+                    end = middle;
+                } else {
+                    start = middle + 1;
+                }
             }
-        }
+            start
+        };
+        let some = first(&|seen| seen.end > keys.start)..first(&|seen| seen.start >= keys.end);
+        let all = first(&|seen| seen.end >= keys.end)..first(&|seen| seen.start > keys.start);
         (some, all)
+    }
+
+    /// The smallest range that holds all keys of `within` that a query of `queries` sees.
+    fn seen(&self, queries: &Range<usize>, within: &Range<usize>) -> Range<usize> {
+        let (some, _) = self.seeing(queries, within);
+        if some.is_empty() || self.shape.window == Some(0) {
+            return 0..0;
+        }
+        self.visible(some.start, within).start..self.visible(some.end - 1, within).end
     }
 
     /// The tiles with keys that a query of `queries` sees.
     pub(super) fn tiles(&self, queries: Range<usize>) -> Range<usize> {
-        let (seen, _) = self.visible_to(queries, &(0..self.len));
+        let seen = self.seen(&queries, &(0..self.len));
         if seen.is_empty() {
             return 0..0;
         }
@@ -106,16 +126,34 @@ impl<'a> Sequence<'a> {
         (k_start + seen.start) / TILE..(k_start + seen.end - 1) / TILE + 1
     }
 
-    /// Cuts `keys` at the multiples of [`BLOCK`] in absolute positions and at page ends.
-    fn blocks(self, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    /// Cuts `keys` at the multiples of `block` in absolute positions and at page ends.
+    fn blocks(self, keys: Range<usize>, block: usize) -> impl Iterator<Item = Range<usize>> {
         let mut next = keys.start;
         std::iter::from_fn(move || {
             let start = next;
-            let to_block = BLOCK - (self.shape.k_start + start) % BLOCK;
+            let to_block = block - (self.shape.k_start + start) % block;
             let to_page = self.page_len - start % self.page_len;
             next = keys.end.min(start + to_block.min(to_page));
             (start < keys.end).then_some(start..next)
         })
+    }
+
+    /// Cuts `block` where not all `queries` see all of it: at every 64th key and, if need be, at
+    /// every 16th, so that few products of hidden keys are made.
+    fn parts(self, queries: &Range<usize>, block: &Range<usize>) -> Vec<Range<usize>> {
+        let cut = |range: Range<usize>, step: usize| -> Vec<Range<usize>> {
+            if self.seeing(queries, &range).1 == *queries {
+                return vec![range];
+            }
+            let end = range.end;
+            let firsts = range.step_by(step);
+            firsts.map(|first| first..end.min(first + step)).collect()
+        };
+        let coarse = cut(block.clone(), COARSE_PART);
+        coarse
+            .into_iter()
+            .flat_map(|part| cut(part, PART))
+            .collect()
     }
 
     /// The keys of a block, or its values.
@@ -152,7 +190,7 @@ pub(super) struct Queries<'a> {
     width: usize,
     /// Scaled, `[rows, width]`.
     q: Vec<f32>,
-    /// Scores, then weights, `[rows, STRIDE]`.
+    /// Scores, then weights, `[rows, STRIDE]` or longer.
     scores: Vec<f32>,
     /// A block of keys or values, widened and padded, `[BLOCK, width]`.
     wide: Vec<f32>,
@@ -169,16 +207,25 @@ impl<'a> Queries<'a> {
         let width = d.next_multiple_of(LANES);
         let rows = queries.len() * group;
         let mut q = vec![0.0; rows * width];
-        for (r, q) in q.chunks_exact_mut(width).enumerate() {
-            let i = queries.start + r / group;
-            let start = (i * sequence.num_heads + head * group + r % group) * d;
-            for (q, given) in q.iter_mut().zip(&sequence.q[start..start + d]) {
-                *q = given * sequence.shape.scale;
+        let given = |i: usize| {
+            let start = (i * sequence.num_heads + head * group) * d;
+            &sequence.q[start..start + group * d]
+        };
+        for (i, q) in queries.clone().zip(q.chunks_exact_mut(group * width)) {
+            // The next queries lie far away: a row of all heads lies between.
+            if i + AHEAD < queries.end {
+                backend.prefetch(Rows::F32(given(i + AHEAD)));
+            }
+            for (q, given) in q.chunks_exact_mut(width).zip(given(i).chunks_exact(d)) {
+                for (q, given) in q.iter_mut().zip(given) {
+                    *q = given * sequence.shape.scale;
+                }
             }
         }
+        let mut scores = SCORES.take();
+        scores.resize(scores.len().max(rows * STRIDE), 0.0);
         let converts = match sequence.pages {
-            KvPages::F32(_) => width != d,
-            KvPages::F16(_) => width != d || rows > DIRECT_ROWS,
+            KvPages::F32(_) | KvPages::F16(_) => width != d,
             KvPages::Q8_0(_) => true,
         };
         Self {
@@ -189,7 +236,7 @@ impl<'a> Queries<'a> {
             rows,
             width,
             q,
-            scores: vec![0.0; rows * STRIDE],
+            scores,
             wide: vec![0.0; if converts { BLOCK * width } else { 0 }],
         }
     }
@@ -205,97 +252,78 @@ impl<'a> Queries<'a> {
         let k_start = sequence.shape.k_start;
         let key = |position: usize| position.saturating_sub(k_start).min(sequence.len);
         let in_tile = key(tile * TILE)..key((tile + 1) * TILE);
-        let (seen, _) = sequence.visible_to(self.queries.clone(), &in_tile);
+        let seen = sequence.seen(&self.queries, &in_tile);
         if seen.is_empty() {
             return;
         }
         let column = |key: usize| k_start + key - tile * TILE;
-        let of_group = |first: usize, end: usize| {
-            let start = self.queries.start;
-            start + first / group..start + (end - 1) / group + 1
-        };
-        let groups = || {
-            let ends = |first: usize| (first, (first + ROW_GROUP).min(self.rows));
-            (0..self.rows).step_by(ROW_GROUP).map(ends)
-        };
+        let block_len = if self.wide.is_empty() { TILE } else { BLOCK };
+        let first_row = |query: usize| (query - self.queries.start) * group;
 
-        self.scores.fill(f32::NEG_INFINITY);
-        for block in sequence.blocks(seen.clone()) {
+        for block in sequence.blocks(seen.clone(), block_len) {
             let keys = sequence.rows(self.head, &block, true);
             let keys = widened(self.backend, keys, &mut self.wide, &sequence, width);
-            for (first, end) in groups() {
-                let (some, all) = sequence.visible_to(of_group(first, end), &block);
+            for part in sequence.parts(&self.queries, &block) {
+                let (some, _) = sequence.seeing(&self.queries, &part);
                 if some.is_empty() {
                     continue;
                 }
-                let keys = keys.part(some.start - block.start, some.end - block.start, width);
+                let (first, end) = (first_row(some.start), first_row(some.end));
+                let keys = keys.part(part.start - block.start, part.end - block.start, width);
                 let q = &self.q[first * width..end * width];
-                let scores = &mut self.scores[first * STRIDE + column(some.start)..];
+                let scores = &mut self.scores[first * STRIDE + column(part.start)..];
                 self.backend.scores(q, keys, width, scores, STRIDE);
-                if some == all {
-                    continue;
-                }
-                for r in first..end {
-                    let own = sequence.visible(self.queries.start + r / group, &block);
-                    let scores = &mut self.scores[r * STRIDE..][..TILE];
-                    let (before, after) = if own.is_empty() {
-                        (some.clone(), 0..0)
-                    } else {
-                        (some.start..own.start, own.end..some.end)
-                    };
-                    for hidden in [before, after] {
-                        let columns = column(hidden.start.max(some.start))
-                            ..column(hidden.end.max(some.start));
-                        scores[columns].fill(f32::NEG_INFINITY);
-                    }
-                }
             }
         }
 
         // While exponentials are made memory would rest.
-        let streams = self.rows <= DIRECT_ROWS;
+        let streams = self.rows <= STREAMED_ROWS;
         if streams {
             self.prefetch(seen.start, false);
         }
-        let first_column = column(seen.start) / LANES * LANES;
-        let end_column = column(seen.end).next_multiple_of(LANES);
-        for (r, scores) in self.scores.chunks_exact_mut(STRIDE).enumerate() {
-            let scores = &mut scores[first_column..end_column];
-            (sums.max[r], sums.sum[r]) = self.backend.exponentials(scores);
+        for (r, scores) in self
+            .scores
+            .chunks_exact_mut(STRIDE)
+            .take(self.rows)
+            .enumerate()
+        {
+            let own = sequence.visible(self.queries.start + r / group, &in_tile);
+            if own.is_empty() {
+                continue;
+            }
+            // Whole vectors; other scores than the row's own have no meaning.
+            let own = column(own.start)..column(own.end);
+            let (start, end) = (own.start / LANES * LANES, own.end.next_multiple_of(LANES));
+            scores[start..own.start].fill(f32::NEG_INFINITY);
+            scores[own.end..end].fill(f32::NEG_INFINITY);
+            (sums.max[r], sums.sum[r]) = self.backend.exponentials(&mut scores[start..end]);
         }
 
-        for block in sequence.blocks(seen.clone()) {
+        for block in sequence.blocks(seen.clone(), block_len) {
             if streams && block.end == seen.end {
                 self.prefetch(seen.end, true);
             }
             let values = sequence.rows(self.head, &block, false);
             let values = widened(self.backend, values, &mut self.wide, &sequence, width);
-            let mut add = |first: usize, end: usize, keys: Range<usize>| {
-                if keys.is_empty() {
+            let mut add = |queries: Range<usize>, keys: Range<usize>| {
+                if queries.is_empty() || keys.is_empty() {
                     return;
                 }
+                let (first, end) = (first_row(queries.start), first_row(queries.end));
                 let weights = &self.scores[first * STRIDE + column(keys.start)..];
                 let values = values.part(keys.start - block.start, keys.end - block.start, width);
                 let acc = &mut sums.acc[first * width..end * width];
                 self.backend
                     .weighted_sum(weights, STRIDE, values, width, acc);
             };
-            for (first, end) in groups() {
-                // Rows go together through the keys that all of them see, and alone through the
-                // rest: a weight of 0 would carry over what is not finite.
-                let (some, all) = sequence.visible_to(of_group(first, end), &block);
-                if some == all {
-                    add(first, end, all);
-                    continue;
+            for part in sequence.parts(&self.queries, &block) {
+                // Queries go together where all of them see the whole part, and alone where they
+                // do not: a weight of 0 would carry over what is not finite.
+                let (some, all) = sequence.seeing(&self.queries, &part);
+                for i in some.filter(|i| !all.contains(i)) {
+                    add(i..i + 1, sequence.visible(i, &part));
                 }
-                let own = |r: usize| sequence.visible(self.queries.start + r / group, &block);
-                if all.is_empty() {
-                    (first..end).for_each(|r| add(r, r + 1, own(r)));
-                    continue;
-                }
-                (first..end).for_each(|r| add(r, r + 1, own(r).start..all.start));
-                add(first, end, all.clone());
-                (first..end).for_each(|r| add(r, r + 1, all.end..own(r).end));
+                add(all, part);
             }
         }
     }
@@ -303,7 +331,7 @@ impl<'a> Queries<'a> {
     /// Asks for the keys from position `first` on, or the values, if there are any.
     fn prefetch(&self, first: usize, of_keys: bool) {
         let sequence = self.sequence;
-        if let Some(block) = sequence.blocks(first..sequence.len).next() {
+        if let Some(block) = sequence.blocks(first..sequence.len, BLOCK).next() {
             let rows = first..block.end.min(first + PREFETCH_ROWS);
             if let Stored::Rows(rows) = sequence.rows(self.head, &rows, of_keys) {
                 self.backend.prefetch(rows);
@@ -341,16 +369,28 @@ impl<'a> Queries<'a> {
         sums
     }
 
-    /// Divides by the sum of the weights: `out` is `[rows, head_dim]`.
-    pub(super) fn finish(&self, sums: &mut [f32], out: &mut [f32]) {
+    /// Divides by the sum of the weights: `out` is `[g, head_dim]` for each query.
+    pub(super) fn finish(&self, sums: &mut [f32], out: &mut [&mut [f32]]) {
         let sums = Sums::split(sums, self.rows);
-        let out = out.chunks_exact_mut(self.sequence.shape.head_dim);
-        let acc = sums.acc.chunks_exact(self.width);
-        for ((out, acc), sum) in out.zip(acc).zip(sums.sum) {
-            for (out, acc) in out.iter_mut().zip(acc) {
-                *out = if *sum == 0.0 { 0.0 } else { acc / *sum };
+        let d = self.sequence.shape.head_dim;
+        let mut of_rows = sums.acc.chunks_exact(self.width).zip(sums.sum);
+        for i in 0..out.len() {
+            if let Some(ahead) = out.get(i + AHEAD) {
+                self.backend.prefetch(Rows::F32(ahead));
+            }
+            let out = out[i].chunks_exact_mut(d);
+            for (out, (acc, sum)) in out.zip(&mut of_rows) {
+                for (out, acc) in out.iter_mut().zip(acc) {
+                    *out = if *sum == 0.0 { 0.0 } else { acc / *sum };
+                }
             }
         }
+    }
+}
+
+impl Drop for Queries<'_> {
+    fn drop(&mut self) {
+        SCORES.set(std::mem::take(&mut self.scores));
     }
 }
 

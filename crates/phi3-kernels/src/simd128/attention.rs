@@ -14,6 +14,10 @@ const LANES: usize = 4;
 /// Rows of the register block.
 const BLOCK_ROWS: usize = 3;
 
+/// Rows up to which half-precision keys and values are widened while they are multiplied: more
+/// would widen them again and again.
+const DIRECT_ROWS: usize = 4;
+
 /// An element of keys and values.
 trait Element: Copy {
     fn load<V: Vectors>(v: V, four: &[Self; LANES]) -> V::F32;
@@ -44,7 +48,8 @@ pub(crate) fn scores<V: Vectors>(
 ) {
     match keys {
         Rows::F32(keys) => scores_of(v, q, keys, d, out, stride),
-        Rows::F16(keys) => scores_of(v, q, keys, d, out, stride),
+        Rows::F16(keys) if q.len() <= DIRECT_ROWS * d => scores_of(v, q, keys, d, out, stride),
+        Rows::F16(keys) => scores_of(v, q, &widened(v, keys), d, out, stride),
     }
 }
 
@@ -196,7 +201,10 @@ pub(crate) fn weighted_sum<V: Vectors>(
 ) {
     match values {
         Rows::F32(values) => weighted_sum_of(v, weights, stride, values, d, acc),
-        Rows::F16(values) => weighted_sum_of(v, weights, stride, values, d, acc),
+        Rows::F16(values) if acc.len() <= DIRECT_ROWS * d => {
+            weighted_sum_of(v, weights, stride, values, d, acc);
+        }
+        Rows::F16(values) => weighted_sum_of(v, weights, stride, &widened(v, values), d, acc),
     }
 }
 
@@ -279,6 +287,13 @@ fn add_rows<V: Vectors, E: Element, const R: usize, const C: usize>(
         }
     }
     C
+}
+
+#[inline(always)]
+fn widened<V: Vectors>(v: V, halves: &[u16]) -> Vec<f32> {
+    let mut out = vec![0.0; halves.len()];
+    widen(v, halves, &mut out);
+    out
 }
 
 #[inline(always)]

@@ -4,15 +4,17 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::Avx2;
+use super::tile::{self, Element, LANES, store_lanes};
+use super::vector::{load_f32, store_f32};
+use super::{Avx2, many};
 use crate::backend::Rows;
 use crate::scalar::attention as scalar;
 
-/// Lanes of a vector of f32.
-const LANES: usize = 8;
+/// Rows from which on keys and values are laid out anew for all of them.
+const MANY_ROWS: usize = 5;
 
-/// Rows of the register block: 3 * 4 sums, three vectors of one operand and one of the other
-/// are the sixteen registers.
+/// Rows of the register block of values: 3 * 4 sums, three vectors of one operand and one of the
+/// other are the sixteen registers.
 const BLOCK_ROWS: usize = 3;
 
 impl Avx2 {
@@ -24,11 +26,14 @@ impl Avx2 {
         out: &mut [f32],
         stride: usize,
     ) {
+        let few = q.len() < MANY_ROWS * d;
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe {
             match keys {
-                Rows::F32(keys) => scores(q, keys, d, out, stride),
-                Rows::F16(keys) => scores(q, keys, d, out, stride),
+                Rows::F32(keys) if few => scores(q, keys, d, out, stride),
+                Rows::F16(keys) if few => scores(q, keys, d, out, stride),
+                Rows::F32(keys) => many::scores(q, keys, d, out, stride),
+                Rows::F16(keys) => many::scores(q, keys, d, out, stride),
             }
         }
     }
@@ -46,11 +51,14 @@ impl Avx2 {
         d: usize,
         acc: &mut [f32],
     ) {
+        let few = acc.len() < MANY_ROWS * d;
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe {
             match values {
-                Rows::F32(values) => weighted_sum(weights, stride, values, d, acc),
-                Rows::F16(values) => weighted_sum(weights, stride, values, d, acc),
+                Rows::F32(values) if few => weighted_sum(weights, stride, values, d, acc),
+                Rows::F16(values) if few => weighted_sum(weights, stride, values, d, acc),
+                Rows::F32(values) => many::weighted_sum(weights, stride, values, d, acc),
+                Rows::F16(values) => many::weighted_sum(weights, stride, values, d, acc),
             }
         }
     }
@@ -73,164 +81,67 @@ impl Avx2 {
     }
 }
 
-/// An element of keys and values.
-trait Element: Copy {
-    /// Eight of them as f32.
-    ///
-    /// # Safety
-    /// The processor has AVX and F16C.
-    unsafe fn load(eight: &[Self; LANES]) -> __m256;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn load(eight: &[Self; LANES]) -> __m256 {
-        // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
-        unsafe { transmute::<[f32; LANES], __m256>(*eight) }
-    }
-}
-
-impl Element for u16 {
-    #[inline(always)]
-    unsafe fn load(eight: &[Self; LANES]) -> __m256 {
-        // SAFETY: both types are 16 bytes, and any bits are valid in them; the caller vouches
-        // for the instruction.
-        unsafe { _mm256_cvtph_ps(transmute::<[u16; LANES], __m128i>(*eight)) }
-    }
-}
-
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scores<E: Element>(q: &[f32], keys: &[E], d: usize, out: &mut [f32], stride: usize) {
-    let (rows, n) = (q.len() / d, keys.len() / d);
-    let mut r = 0;
-    while r < rows {
-        let block = next_block(rows - r);
-        let q = &q[r * d..(r + block) * d];
-        let out = &mut out[r * stride..];
-        let mut j = 0;
-        while j < n {
-            match block {
-                1 if n - j >= 8 => {
-                    // Eight sums that do not wait for each other.
-                    let [[low, high]] = dots::<E, 1, 2>(q, keys, d, j);
-                    store_scores(&mut out[j..], low, 4);
-                    store_scores(&mut out[j + 4..], high, 4);
-                    j += 8;
-                    continue;
-                }
-                1 => {
-                    let [[s]] = dots::<E, 1, 1>(q, keys, d, j);
-                    store_scores(&mut out[j..], s, n - j);
-                }
-                2 => {
-                    for (i, [s]) in dots::<E, 2, 1>(q, keys, d, j).into_iter().enumerate() {
-                        store_scores(&mut out[i * stride + j..], s, n - j);
-                    }
-                }
-                _ => {
-                    for (i, [s]) in dots::<E, 3, 1>(q, keys, d, j).into_iter().enumerate() {
-                        store_scores(&mut out[i * stride + j..], s, n - j);
-                    }
-                }
-            }
-            j += 4;
-        }
-        r += block;
+    match q.len() / d {
+        1 => score_rows::<E, 1>(q, keys, d, out, stride),
+        2 => score_rows::<E, 2>(q, keys, d, out, stride),
+        3 => score_rows::<E, 3>(q, keys, d, out, stride),
+        4 => score_rows::<E, 4>(q, keys, d, out, stride),
+        _ => {}
     }
 }
 
-/// Rows of the next register block of so many: four are two and two, for a row alone costs as much
-/// as two.
-fn next_block(rows: usize) -> usize {
-    match rows {
-        4 => 2,
-        _ => BLOCK_ROWS.min(rows),
-    }
-}
-
-/// Whether elements of this type come straight from memory: where many rows share them, they have
-/// been widened into the cache before.
-const fn streams<E>() -> bool {
-    size_of::<E>() == 2
-}
-
-/// The products of `R` queries with `F` times four keys from the one at `j` on, four to a vector;
-/// behind the last key comes the last key again. Each goes through the elements in vectors of
-/// eight, and adds up their lanes in one order.
+/// [`scores`] of `R` queries.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn dots<E: Element, const R: usize, const F: usize>(
+fn score_rows<E: Element, const R: usize>(
     q: &[f32],
     keys: &[E],
     d: usize,
-    j: usize,
-) -> [[__m128; F]; R] {
+    out: &mut [f32],
+    stride: usize,
+) {
+    let n = keys.len() / d;
+    for j in (0..n).step_by(2 * LANES) {
+        let sums = dots::<E, R>(q, keys, d, j);
+        for r in 0..R {
+            let wanted = (n - j).min(2 * LANES);
+            store_lanes(&mut out[r * stride + j..], wanted, sums[r]);
+        }
+    }
+}
+
+/// The products of `R` queries with sixteen keys from the one at `j` on, a key to a lane; behind the
+/// last key comes the last key again. Each sum goes through the elements one by one.
+#[expect(clippy::needless_range_loop, reason = "one index into several arrays")]
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn dots<E: Element, const R: usize>(q: &[f32], keys: &[E], d: usize, j: usize) -> tile::Sums<R> {
     // Slices of `vectors` elements each, so that the loop needs no check.
     let vectors = d / LANES;
-    let last = keys.len() / d - 1;
     let mut q_vectors = [&[][..]; R];
     for r in 0..R {
         q_vectors[r] = &q[r * d..][..d].as_chunks::<LANES>().0[..vectors];
     }
-    let mut k_vectors = [[&[][..]; 4]; F];
-    for (four, j) in k_vectors.iter_mut().zip((j..).step_by(4)) {
-        for (key, j) in four.iter_mut().zip(j..) {
-            let row = &keys[j.min(last) * d..][..d];
-            *key = &row.as_chunks::<LANES>().0[..vectors];
-        }
-    }
-    let ahead = keys[j * d..].as_ptr().wrapping_add(4 * F * d);
-    let mut sums = [[[_mm256_setzero_ps(); 4]; F]; R];
+    let rows = tile::eights(&keys[j * d..], d);
+    let ahead = keys[j * d..].as_ptr().wrapping_add(2 * LANES * d);
+    let mut sums = tile::zeros::<R>();
     for c in 0..vectors {
-        if R == 1 || streams::<E>() {
-            // The keys of the next call, as many lines as this step reads.
-            prefetch(ahead, c * LANES * 4 * F, LANES * 4 * F);
-        }
-        let mut q = [_mm256_setzero_ps(); R];
-        for r in 0..R {
+        // The keys of the next call, as many lines as this step reads.
+        prefetch(ahead, c * LANES * 2 * LANES, LANES * 2 * LANES);
+        // SAFETY: this function is compiled with the features.
+        let columns = unsafe { E::turn(&rows, c) };
+        for i in 0..LANES {
             // SAFETY: this function is compiled with the features.
-            q[r] = unsafe { f32::load(&q_vectors[r][c]) };
-        }
-        for f in 0..F {
-            for i in 0..4 {
-                // SAFETY: this function is compiled with the features.
-                let k = unsafe { E::load(&k_vectors[f][i][c]) };
-                for r in 0..R {
-                    sums[r][f][i] = _mm256_fmadd_ps(k, q[r], sums[r][f][i]);
-                }
+            let [low, high] = unsafe { E::lanes(columns[i]) };
+            for r in 0..R {
+                let x = _mm256_set1_ps(q_vectors[r][c][i]);
+                sums[r][0] = _mm256_fmadd_ps(low, x, sums[r][0]);
+                sums[r][1] = _mm256_fmadd_ps(high, x, sums[r][1]);
             }
         }
     }
-    let mut out = [[_mm_setzero_ps(); F]; R];
-    for r in 0..R {
-        for f in 0..F {
-            out[r][f] = add_lanes(sums[r][f]);
-        }
-    }
-    out
-}
-
-/// The sum of each vector's lanes.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn add_lanes([a, b, c, d]: [__m256; 4]) -> __m128 {
-    let sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_add_ps(
-        _mm256_castps256_ps128(sums),
-        _mm256_extractf128_ps::<1>(sums),
-    )
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn store_scores(out: &mut [f32], four: __m128, wanted: usize) {
-    // SAFETY: both types are four f32 in the same order, and any bits are valid in them.
-    let four = unsafe { transmute::<__m128, [f32; 4]>(four) };
-    if let Some(out) = out.first_chunk_mut().filter(|_| wanted >= 4) {
-        *out = four;
-    } else {
-        out[..wanted].copy_from_slice(&four[..wanted]);
-    }
+    sums
 }
 
 /// Asks for `count` elements from the one at `first` behind `base` on, wherever that is.
@@ -252,31 +163,32 @@ fn exponentials(scores: &mut [f32]) -> (f32, f32) {
     let mut max = _mm256_set1_ps(f32::NEG_INFINITY);
     for scores in &*vectors {
         // Of a NaN and a number the instruction returns the second operand.
-        max = _mm256_max_ps(load(scores), max);
+        max = _mm256_max_ps(load_f32(scores), max);
     }
-    let lanes = store(max);
+    let lanes = store_f32(max);
     let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
     // Where all are -inf any finite number gives exponentials of 0.
     let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let shift = _mm256_set1_ps(shift);
     let mut sum = _mm256_setzero_ps();
     for scores in vectors {
-        let e = exp(_mm256_sub_ps(load(scores), shift));
+        let e = exp(_mm256_sub_ps(load_f32(scores), shift));
         sum = _mm256_add_ps(sum, e);
-        *scores = store(e);
+        *scores = store_f32(e);
     }
-    let [a, b, c, d, e, f, g, h] = store(sum);
+    let [a, b, c, d, e, f, g, h] = store_f32(sum);
     (max, ((a + e) + (c + g)) + ((b + f) + (d + h)))
 }
 
-/// `e^x`, within 1.2e-7 of it relatively for x from -87.3 to 88.3; 0 below, infinity above.
+/// `e^x` for x up to 0, within 1.2e-7 of it relatively from -87.3 on; 0 below -87.7, and less exact
+/// between.
 ///
 /// `e^x = 2^n e^r` with n the nearest integer to `x / ln 2`, and `e^r` by a polynomial: `1 + r +
 /// r² p(r)`, p of degree 4, whose largest relative error for `|r| <= ln 2 / 2` is smallest
 /// (fitted by Lawson's iteration).
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn exp(x: __m256) -> __m256 {
+fn exp(x: __m256) -> __m256 {
     const P: [f32; 5] = [
         0.499_999_94,
         0.166_665_21,
@@ -287,17 +199,17 @@ pub(super) fn exp(x: __m256) -> __m256 {
     // ln 2 in two parts: n times the first is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    const LOWEST: f32 = -87.3;
-    const HIGHEST: f32 = 88.3;
+    // Its n is -127, whose power comes out as 0.
+    const LOWEST: f32 = -88.0;
+    // 1.5 * 2^23: added to a number it leaves the nearest integer in the lowest bits.
+    const ROUNDING: f32 = 12_582_912.0;
 
-    // Of a NaN and a number both instructions return the second operand.
-    let clamped = _mm256_min_ps(
-        _mm256_set1_ps(HIGHEST),
-        _mm256_max_ps(_mm256_set1_ps(LOWEST), x),
-    );
-    let n = _mm256_mul_ps(clamped, _mm256_set1_ps(std::f32::consts::LOG2_E));
-    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(n);
-    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN_2_HIGH), clamped);
+    // Of a NaN and a number the instruction returns the second operand.
+    let x = _mm256_max_ps(_mm256_set1_ps(LOWEST), x);
+    let rounding = _mm256_set1_ps(ROUNDING);
+    let rounded = _mm256_fmadd_ps(x, _mm256_set1_ps(std::f32::consts::LOG2_E), rounding);
+    let n = _mm256_sub_ps(rounded, rounding);
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN_2_HIGH), x);
     let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN_2_LOW), r);
     let mut p = _mm256_set1_ps(P[4]);
     for factor in [P[3], P[2], P[1], P[0]] {
@@ -308,13 +220,19 @@ pub(super) fn exp(x: __m256) -> __m256 {
         p,
         _mm256_add_ps(r, _mm256_set1_ps(1.0)),
     );
-    let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
-    let e = _mm256_mul_ps(p, power);
-    let in_range = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(LOWEST));
-    let above = _mm256_cmp_ps::<_CMP_GT_OQ>(x, _mm256_set1_ps(HIGHEST));
-    let e = _mm256_and_ps(e, in_range);
-    _mm256_blendv_ps(e, _mm256_set1_ps(f32::INFINITY), above)
+    // The bits of 1.0 are the exponent 127, to which n is added.
+    let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded));
+    let power = _mm256_add_epi32(exponent, _mm256_castps_si256(_mm256_set1_ps(1.0)));
+    _mm256_mul_ps(p, _mm256_castsi256_ps(power))
+}
+
+/// Rows of the next register block of so many: four are two and two, for a row alone costs as much
+/// as two.
+fn next_block(rows: usize) -> usize {
+    match rows {
+        4 => 2,
+        _ => BLOCK_ROWS.min(rows),
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -375,11 +293,11 @@ fn add_rows<E: Element, const R: usize, const C: usize>(
     let mut sums = [[_mm256_setzero_ps(); C]; R];
     for r in 0..R {
         for c in 0..C {
-            sums[r][c] = load(&acc[r * per_row + first + c]);
+            sums[r][c] = load_f32(&acc[r * per_row + first + c]);
         }
     }
     for (j, row) in values.chunks_exact(per_row).take(n).enumerate() {
-        if (R == 1 || streams::<E>()) && first == 0 {
+        if first == 0 {
             prefetch(row.as_ptr().wrapping_add(8 * per_row), 0, per_row + 3);
         }
         let Some(row) = row[first..].first_chunk::<C>() else {
@@ -399,7 +317,7 @@ fn add_rows<E: Element, const R: usize, const C: usize>(
     }
     for r in 0..R {
         for c in 0..C {
-            acc[r * per_row + first + c] = store(sums[r][c]);
+            acc[r * per_row + first + c] = store_f32(sums[r][c]);
         }
     }
     C
@@ -411,7 +329,7 @@ fn widen(halves: &[u16], out: &mut [f32]) {
     let (out, out_tail) = out.as_chunks_mut::<LANES>();
     for (halves, out) in halves.iter().zip(out) {
         // SAFETY: this function is compiled with the features.
-        *out = store(unsafe { u16::load(halves) });
+        *out = store_f32(unsafe { u16::load(halves) });
     }
     scalar::widen(tail, out_tail);
 }
@@ -425,7 +343,7 @@ fn narrow(values: &[f32], out: &mut [u16]) {
     let infinity = _mm256_set1_ps(f32::INFINITY);
     let sign = _mm256_set1_ps(-0.0);
     for (values, out) in values.iter().zip(out) {
-        let x = load(values);
+        let x = load_f32(values);
         // Of a NaN and a number both instructions return the second operand.
         let clamped = _mm256_min_ps(highest, _mm256_max_ps(lowest, x));
         let infinite = _mm256_cmp_ps::<_CMP_EQ_OQ>(_mm256_andnot_ps(sign, x), infinity);
@@ -435,20 +353,4 @@ fn narrow(values: &[f32], out: &mut [u16]) {
         *out = unsafe { transmute::<__m128i, [u16; LANES]>(halves) };
     }
     scalar::narrow(tail, out_tail);
-}
-
-// By value rather than by the intrinsics that take pointers, as in `avx2.rs`.
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn load(eight: &[f32; LANES]) -> __m256 {
-    // SAFETY: this function is compiled with the features.
-    unsafe { f32::load(eight) }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn store(vector: __m256) -> [f32; LANES] {
-    // SAFETY: both types are eight f32 in the same order, and any bits are valid in them.
-    unsafe { transmute::<__m256, [f32; LANES]>(vector) }
 }

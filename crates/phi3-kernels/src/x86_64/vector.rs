@@ -71,6 +71,15 @@ pub(super) fn halves(low: &[u8; 16], high: &[u8; 16]) -> __m256i {
     _mm256_set_m128i(load_16(high), load_16(low))
 }
 
+/// Eight numbers of half precision in the lower half and eight in the upper.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn halves_f16(low: &[u16; 8], high: &[u16; 8]) -> __m256i {
+    // SAFETY: both types are sixteen bytes in the same order, and any bits are valid in them.
+    let [low, high] = [low, high].map(|h| unsafe { transmute::<[u16; 8], __m128i>(*h) });
+    _mm256_set_m128i(high, low)
+}
+
 /// Eight half-precision numbers as f32.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]

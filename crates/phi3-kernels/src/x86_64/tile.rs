@@ -1,0 +1,225 @@
+//! The register tile of f32 products: up to six rows of one operand times sixteen lanes of the
+//! other. Twelve sums, two vectors of lanes and one number of a row are fifteen of sixteen
+//! registers; each step does twelve multiply-adds with eight loads, which leaves the two
+//! multipliers as the limit.
+
+use std::arch::x86_64::*;
+
+use super::vector::{from_f16, halves_f16, load_f32, store_f32, transpose};
+
+/// Lanes of a vector of f32.
+pub(super) const LANES: usize = 8;
+
+/// Rows of a full tile.
+pub(super) const ROWS: usize = 6;
+
+/// Sixteen rows by eights of elements.
+pub(super) type Eights<'a, E> = [&'a [[E; LANES]]; 2 * LANES];
+
+/// An element of keys and values.
+pub(super) trait Element: Copy {
+    /// An element of each of sixteen rows.
+    type Column: Copy;
+
+    /// Eight elements as f32.
+    ///
+    /// # Safety
+    /// The processor has AVX2 and F16C.
+    unsafe fn load(eight: &[Self; LANES]) -> __m256;
+
+    /// Eights `c` of sixteen rows, turned.
+    ///
+    /// # Safety
+    /// The processor has AVX2 and F16C.
+    unsafe fn turn(rows: &Eights<'_, Self>, c: usize) -> [Self::Column; LANES];
+
+    /// As f32, a row to a lane.
+    ///
+    /// # Safety
+    /// The processor has AVX2 and F16C.
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2];
+}
+
+impl Element for f32 {
+    type Column = [__m256; 2];
+
+    #[inline(always)]
+    unsafe fn load(eight: &[Self; LANES]) -> __m256 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { load_f32(eight) }
+    }
+
+    #[inline(always)]
+    unsafe fn turn(rows: &Eights<'_, Self>, c: usize) -> [Self::Column; LANES] {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { turn_f32(rows, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2] {
+        column
+    }
+}
+
+impl Element for u16 {
+    type Column = __m256i;
+
+    #[inline(always)]
+    unsafe fn load(eight: &[Self; LANES]) -> __m256 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { from_f16(*eight) }
+    }
+
+    #[inline(always)]
+    unsafe fn turn(rows: &Eights<'_, Self>, c: usize) -> [Self::Column; LANES] {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { turn_f16(rows, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2] {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe {
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(column)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(column)),
+            ]
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn turn_f32(rows: &Eights<'_, f32>, c: usize) -> [[__m256; 2]; LANES] {
+    let mut turned = [[_mm256_setzero_ps(); 2]; LANES];
+    for half in 0..2 {
+        let mut eight = [_mm256_setzero_si256(); LANES];
+        for i in 0..LANES {
+            eight[i] = _mm256_castps_si256(load_f32(&rows[LANES * half + i][c]));
+        }
+        let eight = transpose(eight);
+        for i in 0..LANES {
+            turned[i][half] = _mm256_castsi256_ps(eight[i]);
+        }
+    }
+    turned
+}
+
+/// Rows i and i + 8 share a vector, so that one shuffle moves numbers of both halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn turn_f16(rows: &Eights<'_, u16>, c: usize) -> [__m256i; LANES] {
+    let mut r = [_mm256_setzero_si256(); LANES];
+    for i in 0..LANES {
+        r[i] = halves_f16(&rows[i][c], &rows[i + LANES][c]);
+    }
+    // Pairs of rows interleaved by one number, then by two, then by four.
+    let mut pairs = r;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+    }
+    let mut fours = pairs;
+    for i in [0, 4] {
+        for high in 0..2 {
+            let (a, b) = (pairs[i + high], pairs[i + high + 2]);
+            fours[i + 2 * high] = _mm256_unpacklo_epi32(a, b);
+            fours[i + 2 * high + 1] = _mm256_unpackhi_epi32(a, b);
+        }
+    }
+    let mut eights = fours;
+    for i in 0..4 {
+        eights[2 * i] = _mm256_unpacklo_epi64(fours[i], fours[i + 4]);
+        eights[2 * i + 1] = _mm256_unpackhi_epi64(fours[i], fours[i + 4]);
+    }
+    eights
+}
+
+/// What the sixteen lanes hold at one step: a line of the cache.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Lanes(pub(super) [[f32; 8]; 2]);
+
+impl Lanes {
+    pub(super) const ZERO: Self = Self([[0.0; 8]; 2]);
+}
+
+/// The sums of `R` rows.
+pub(super) type Sums<const R: usize> = [[__m256; 2]; R];
+
+/// `sums[r] += sum_c x[r][c] * panel[c]`, by fused multiply-adds in the order of c.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+pub(super) fn multiply<const R: usize>(
+    panel: &[Lanes],
+    x: [&[f32]; R],
+    mut sums: Sums<R>,
+) -> Sums<R> {
+    let steps = panel.len();
+    // Slices of one length, so that the loop needs no check.
+    let mut rows = [&[][..]; R];
+    for r in 0..R {
+        rows[r] = &x[r][..steps];
+    }
+    for c in 0..steps {
+        let Lanes([low, high]) = &panel[c];
+        let (low, high) = (load_f32(low), load_f32(high));
+        for r in 0..R {
+            let x = _mm256_set1_ps(rows[r][c]);
+            sums[r][0] = _mm256_fmadd_ps(low, x, sums[r][0]);
+            sums[r][1] = _mm256_fmadd_ps(high, x, sums[r][1]);
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn zeros<const R: usize>() -> Sums<R> {
+    [[_mm256_setzero_ps(); 2]; R]
+}
+
+/// Sixteen rows of `d` elements; behind the last row comes the last row again.
+pub(super) fn eights<E>(of: &[E], d: usize) -> Eights<'_, E> {
+    let last = of.len() / d - 1;
+    let mut rows = [&[][..]; 2 * LANES];
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = &of[i.min(last) * d..][..d].as_chunks().0[..d / LANES];
+    }
+    rows
+}
+
+/// The first `count` elements of `row`, up to sixteen; zeros behind them.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_lanes(row: &[f32], count: usize) -> [__m256; 2] {
+    if count == 2 * LANES
+        && let ([low, high, ..], _) = row.as_chunks()
+    {
+        return [load_f32(low), load_f32(high)];
+    }
+    let mut lanes = Lanes::ZERO;
+    lanes.0.as_flattened_mut()[..count].copy_from_slice(&row[..count]);
+    [load_f32(&lanes.0[0]), load_f32(&lanes.0[1])]
+}
+
+/// The first `count` lanes, up to sixteen, to the start of `row`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_lanes(row: &mut [f32], count: usize, [low, high]: [__m256; 2]) {
+    let lanes = [store_f32(low), store_f32(high)];
+    if count == 2 * LANES
+        && let Some(row) = row.as_chunks_mut().0.first_chunk_mut()
+    {
+        *row = lanes;
+        return;
+    }
+    row[..count].copy_from_slice(&lanes.as_flattened()[..count]);
+}
+
+/// Where `n` rows are cut into the fewest tiles, of nearly the same size: the first rows of them
+/// and, last, `n`.
+pub(super) fn cuts(n: usize) -> impl Iterator<Item = (usize, usize)> {
+    let tiles = n.div_ceil(ROWS);
+    (0..tiles).map(move |i| (i * n / tiles, (i + 1) * n / tiles))
+}
