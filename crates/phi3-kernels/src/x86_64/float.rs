@@ -18,6 +18,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::decode;
+use super::narrow;
 use super::vector::{from_f16, load, load_f32, prefetch, store_f32, transpose};
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
@@ -146,17 +147,25 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
             };
             let cols = first_col..cols.min(first_col + BLOCK);
             if let [out] = out {
-                let weights = decoded.rows(w, first_row + start, end - start, cols.clone());
-                let sums = one_token::<E, BYTES>(&weights, ahead, &x.values[cols]);
+                let (first, x) = (first_row + start, &x.values[cols.clone()]);
+                let sums = match narrow::one_token(w, first, end - start, cols.clone(), x) {
+                    Some(sums) => sums,
+                    None => {
+                        let weights = decoded.rows(w, first, end - start, cols);
+                        one_token::<E, BYTES>(&weights, ahead, x)
+                    }
+                };
                 add(&sums, first_col == 0, &mut out[start..end]);
                 continue;
             }
             for (i, panel) in turned.iter_mut().enumerate() {
                 let start = start + i * PANEL_ROWS;
                 if start < end {
-                    let rows = PANEL_ROWS.min(end - start);
-                    let weights = decoded.rows(w, first_row + start, rows, cols.clone());
-                    turn::<E, BYTES>(&weights, ahead, panel);
+                    let (first, rows) = (first_row + start, PANEL_ROWS.min(end - start));
+                    if narrow::turn(w, first, rows, cols.clone(), &mut panel.0).is_none() {
+                        let weights = decoded.rows(w, first, rows, cols.clone());
+                        turn::<E, BYTES>(&weights, ahead, panel);
+                    }
                 }
             }
             let x = &x.blocks.expect("`column_block` asks for them")[first_col * n..];
@@ -236,7 +245,8 @@ struct Decoded<E, const BYTES: usize> {
 
 impl<E: Eight<BYTES>, const BYTES: usize> Decoded<E, BYTES> {
     fn new(w: MatrixRef<'_>) -> Self {
-        let needed = w.block_type() != E::TYPE || !w.cols().is_multiple_of(8);
+        let needed = w.block_type() != E::TYPE && !narrow::covers(w.block_type())
+            || !w.cols().is_multiple_of(8);
         Self {
             bytes: vec![[0; BYTES]; if needed { PANEL_ROWS * BLOCK / 8 } else { 0 }],
             values: vec![0.0; if needed { BLOCK } else { 0 }],

@@ -12,7 +12,7 @@ use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, few_tiles
 use super::micro::{self, Integers, Lanes, Sums, Weights};
 use super::panel::{
     EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, SuperPanel, eight_blocks, groups_of_32,
-    unpack, unpack_super,
+    panel_rows, unpack, unpack_super,
 };
 use super::vector::{load, load_f32, prefetch, store_f32};
 use crate::MatrixRef;
@@ -122,15 +122,6 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
         unpack::<ID, BYTES>,
         multiply::<ID>,
     );
-}
-
-/// The blocks of the rows of a panel; the last row again where the matrix has no more.
-pub(super) fn panel_rows<'a, const BYTES: usize>(
-    w: MatrixRef<'a>,
-    first: usize,
-    rows: usize,
-) -> [&'a [[u8; BYTES]]; PANEL_ROWS] {
-    std::array::from_fn(|i| w.row(first + i.min(rows - 1)).as_chunks().0)
 }
 
 /// Asks for the next panel's weights, which lie behind this one's, piece by piece.

@@ -13,6 +13,7 @@ mod kernels;
 mod layouts;
 mod many;
 mod micro;
+mod narrow;
 mod panel;
 mod tile;
 mod vector;

@@ -12,6 +12,7 @@ use super::blocks::{
 };
 use super::micro::Scales;
 use super::vector::{from_f16, load, store, store_f32, store_i16, transpose};
+use crate::MatrixRef;
 
 /// Rows of a panel, in two vectors.
 pub(super) const PANEL_ROWS: usize = 16;
@@ -51,6 +52,15 @@ pub(super) const EMPTY_SUPER_PANEL: SuperPanel = SuperPanel {
     d: [[0.0; 8]; 2],
     dmin: [[0.0; 8]; 2],
 };
+
+/// The blocks of the rows of a panel; the last row again where the matrix has no more.
+pub(super) fn panel_rows<'a, const BYTES: usize>(
+    w: MatrixRef<'a>,
+    first: usize,
+    rows: usize,
+) -> [&'a [[u8; BYTES]]; PANEL_ROWS] {
+    std::array::from_fn(|i| w.row(first + i.min(rows - 1)).as_chunks().0)
+}
 
 /// Blocks of the rows of a half.
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -12,10 +12,10 @@
 use std::arch::x86_64::*;
 
 use super::blocks::columns;
-use super::gemm::{Ahead, NO_LANES, add, bring_home, panel_rows, panels};
+use super::gemm::{Ahead, NO_LANES, add, bring_home, panels};
 use super::layouts::{LANES, Layouts, TILE, WideTile, class_len, few_tiles};
 use super::micro::{self, Lanes, Pairs};
-use super::panel::{PANEL_ROWS, eight_blocks, eight_factors};
+use super::panel::{PANEL_ROWS, eight_blocks, eight_factors, panel_rows};
 use super::vector::{load_f32, store_f32, store_i16};
 use crate::MatrixRef;
 use crate::activations::Quantized;
