@@ -18,14 +18,17 @@ use crate::activations::Quantized;
 /// How far ahead of their use weights are asked for, in bytes.
 const PREFETCH: usize = 2048;
 
+/// More tokens are multiplied with weights that are unpacked and turned.
+pub(super) const MAX_TOKENS: usize = 3;
+
 /// Calls `$dots` for every row, with one, two or three tokens, whose layout is `$each` elements a token.
 macro_rules! each_row {
     ($dots:ident::<$id:ident, $bytes:ident>, $x:ident, $each:ident, $w:ident, $first_row:ident, $out:ident) => {
         let rows = $out.first().map_or(0, |out| out.len());
-        debug_assert!($out.len() <= 3, "more tokens are unpacked for");
+        assert!($out.len() <= MAX_TOKENS, "at most three tokens");
         for i in 0..rows {
             let row = $w.row($first_row + i);
-            let mut sums = [0.0; 3];
+            let mut sums = [0.0; MAX_TOKENS];
             match $out.len() {
                 1 => sums[..1].copy_from_slice(&$dots::<$id, $bytes, 1>(row, $x, $each)),
                 2 => sums[..2].copy_from_slice(&$dots::<$id, $bytes, 2>(row, $x, $each)),

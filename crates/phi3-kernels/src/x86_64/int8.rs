@@ -4,15 +4,12 @@ use super::{blocks, gemm, gemv, wide};
 use crate::activations::Quantized;
 use crate::{BlockType, MatrixRef, scalar};
 
-/// Tokens from which on weights are unpacked and turned.
-const GEMM_TOKENS: usize = 4;
-
 /// [`scalar::int8_rows`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn int8_rows(x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
     macro_rules! rows {
         ($id:ident, $bytes:literal, $gemm:ident::$rows:ident) => {
-            if x.n < GEMM_TOKENS {
+            if x.n <= gemv::MAX_TOKENS {
                 gemv::$rows::<{ blocks::$id }, $bytes>(x, w, first_row, out)
             } else {
                 $gemm::$rows::<{ blocks::$id }, $bytes>(x, w, first_row, out)

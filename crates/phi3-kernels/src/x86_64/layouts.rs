@@ -167,9 +167,12 @@ pub(super) fn class_len(groups: usize, class: usize) -> usize {
     (groups + LANES - 1 - class) / LANES
 }
 
-/// Whether so many tiles keep all their partial sums at a time: 16 KiB for eight.
+/// Tiles whose partial sums, 2 KiB each, stay in the first-level cache beside a block of a panel.
+const FEW_TILES: usize = 8;
+
+/// Whether so many tiles keep all their partial sums at a time.
 pub(super) fn few_tiles(tiles: usize) -> bool {
-    tiles <= 8
+    tiles <= FEW_TILES
 }
 
 /// The groups of tile `tile` of `tiles` for partial sum `class`, in order.
