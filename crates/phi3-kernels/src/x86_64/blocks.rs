@@ -307,15 +307,39 @@ fn wide(first: u32, second: u32) -> __m256i {
     _mm256_broadcastsi128_si256(words)
 }
 
-/// The factor d of a block, and that of its minimum (0 without), both half-precision.
-#[inline(always)]
-pub(super) fn half_factors<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> (u16, u16) {
-    let half = |at| u16::from_le_bytes(*array(block, at));
-    match ID {
-        Q2_K => (half(80), half(82)),
-        Q3_K | Q6_K => (half(BYTES - 2), 0),
-        Q4_1 | Q5_1 | Q4_K | Q5_K => (half(0), half(2)),
-        _ => (half(0), 0),
+/// The factors d of eight blocks, and those of their minima, which mean nothing for types without.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn eight_factors<const ID: u32, const BYTES: usize>(
+    blocks: [&[u8; BYTES]; 8],
+) -> (__m256, __m256) {
+    // Four bytes that hold d and then the factor of the minimum, or d as the second of both.
+    let (at, d_is_second) = match ID {
+        Q2_K => (80, false),
+        Q3_K | Q6_K => (BYTES - 4, true),
+        _ => (0, false),
+    };
+    // Interleaving whole registers takes fewer steps than inserting numbers one by one.
+    let mut both = [_mm_setzero_si128(); 8];
+    for i in 0..8 {
+        both[i] = _mm_cvtsi32_si128(i32::from_le_bytes(*array(blocks[i], at)));
+    }
+    let mut fours = [_mm_setzero_si128(); 2];
+    for i in 0..2 {
+        let [a, b, c, d] = [
+            both[4 * i],
+            both[4 * i + 1],
+            both[4 * i + 2],
+            both[4 * i + 3],
+        ];
+        fours[i] = _mm_unpacklo_epi32(_mm_unpacklo_epi16(a, b), _mm_unpacklo_epi16(c, d));
+    }
+    let first = _mm256_cvtph_ps(_mm_unpacklo_epi64(fours[0], fours[1]));
+    let second = _mm256_cvtph_ps(_mm_unpackhi_epi64(fours[0], fours[1]));
+    if d_is_second {
+        (second, first)
+    } else {
+        (first, second)
     }
 }
 

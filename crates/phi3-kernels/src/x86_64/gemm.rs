@@ -11,8 +11,8 @@ use super::groups;
 use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, few_tiles};
 use super::micro::{self, Integers, Lanes, Sums, Weights};
 use super::panel::{
-    EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, SuperPanel, eight_blocks, groups_of_32,
-    panel_rows, unpack, unpack_super,
+    EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, PanelRows, SuperPanel, groups_of_32, unpack,
+    unpack_super,
 };
 use super::vector::{load, load_f32, prefetch, store_f32};
 use crate::MatrixRef;
@@ -26,36 +26,45 @@ const NO_INTEGERS: Integers = Sums([[[0; 8]; 2]; TILE]);
 /// Panel by panel: unpacks some blocks, and multiplies all tokens with them.
 ///
 /// Many tokens take the blocks of one partial sum after those of the other, as many at once as stay
-/// in the first-level cache; few take them as they lie, because their partial sums stay there.
+/// in the first-level cache. Few take them as they lie, because their partial sums stay there: at
+/// most a block for each partial sum at once.
 macro_rules! panels {
     (
         $x:ident, $w:ident, $first_row:ident, $out:ident, $bytes:ident,
-        $tiles:ident, $empty:ident, $at_once:expr, $unpack:expr, $multiply:expr $(,)?
+        $tiles:ident, $empty:ident, $at_once:expr, $few_at_once:expr,
+        $unpack:expr, $multiply:expr $(,)?
     ) => {
         let groups = $x.groups();
         let tiles = $x.n.div_ceil(TILE);
         let few = few_tiles(tiles);
         let x = Layouts::$tiles($x);
         let rows = $out.first().map_or(0, |out| out.len());
-        let mut panel = vec![$empty; groups.div_ceil(LANES).min($at_once)];
+        let at_once = if few { $few_at_once } else { $at_once };
+        let mut panel = vec![$empty; groups.div_ceil(if few { 1 } else { LANES }).min(at_once)];
         let mut sums: Vec<Lanes> = vec![NO_LANES; tiles];
         let mut lanes = vec![NO_LANES; if few { tiles * LANES } else { tiles }];
         for start in (0..rows).step_by(PANEL_ROWS) {
-            let panel_rows = panel_rows::<$bytes>($w, $first_row + start, rows - start);
+            let of_rows = PanelRows::<$bytes>::new($w, $first_row + start, rows - start);
             let steps = if few { 2 + tiles } else { 2 };
             let mut ahead = Ahead::new($w, $first_row + start, groups * steps);
             sums.fill(NO_LANES);
             if few {
                 lanes.fill(NO_LANES);
-                for i in 0..groups {
-                    for half in 0..2 {
-                        ahead.go_on();
-                        $unpack(eight_blocks(&panel_rows, half, i), half, &mut panel[0]);
+                for first in (0..groups).step_by($few_at_once) {
+                    let panel = &mut panel[..$few_at_once.min(groups - first)];
+                    for (i, panel) in panel.iter_mut().enumerate() {
+                        for half in 0..2 {
+                            ahead.go_on();
+                            $unpack(of_rows.eight(half, first + i), half, panel);
+                        }
                     }
-                    let tiles = x.chunks_exact(groups).zip(lanes.chunks_exact_mut(LANES));
-                    for (x, lanes) in tiles {
-                        ahead.go_on();
-                        $multiply(&panel[..1], &x[i..i + 1], &mut lanes[i % LANES]);
+                    for tile in 0..tiles {
+                        let x = &x[tile * groups + first..][..panel.len()];
+                        let lanes = &mut lanes[tile * LANES + first % LANES..];
+                        for ((w, x), lanes) in panel.chunks(1).zip(x.chunks(1)).zip(lanes) {
+                            ahead.go_on();
+                            $multiply(w, x, lanes);
+                        }
                     }
                 }
                 for (sums, lanes) in sums.iter_mut().zip(lanes.chunks_exact(LANES)) {
@@ -76,7 +85,7 @@ macro_rules! panels {
                     for i in first..end {
                         for half in 0..2 {
                             ahead.go_on();
-                            let blocks = eight_blocks(&panel_rows, half, class + i * LANES);
+                            let blocks = of_rows.eight(half, class + i * LANES);
                             $unpack(blocks, half, &mut panel[i - first]);
                         }
                     }
@@ -119,6 +128,7 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
         tiles,
         EMPTY_PANEL,
         AT_ONCE,
+        LANES,
         unpack::<ID, BYTES>,
         multiply::<ID>,
     );
@@ -247,6 +257,7 @@ pub(super) fn super_rows<const ID: u32, const BYTES: usize>(
         supertiles,
         EMPTY_SUPER_PANEL,
         SUPER_AT_ONCE,
+        1,
         unpack_super::<ID, BYTES>,
         multiply_super::<ID>,
     );

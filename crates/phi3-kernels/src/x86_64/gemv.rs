@@ -8,10 +8,10 @@
 use std::arch::x86_64::*;
 
 use super::blocks::{
-    factors, half_factors, has_minimum, is_signed, offset_shift, pair, sums_in_i16, superblock,
+    eight_factors, factors, has_minimum, is_signed, offset_shift, pair, sums_in_i16, superblock,
 };
 use super::layouts::{LANES, Layouts, Octet, Superblock};
-use super::vector::{from_f16, load, load_f32, prefetch, store_f32, sum_each, sum_halves};
+use super::vector::{load, load_f32, prefetch, store_f32, sum_each, sum_halves};
 use crate::MatrixRef;
 use crate::activations::Quantized;
 
@@ -101,11 +101,7 @@ impl Weights {
         for i in 0..4 {
             q[i] = pair::<ID, BYTES>(&blocks[i], &blocks[i + 4]);
         }
-        let (mut d, mut m) = ([0; LANES], [0; LANES]);
-        for i in 0..LANES {
-            (d[i], m[i]) = half_factors::<ID, BYTES>(&blocks[i]);
-        }
-        let (d, m) = (from_f16(d), from_f16(m));
+        let (d, m) = eight_factors::<ID, BYTES>(blocks.each_ref());
         Self { q, d, m }
     }
 
@@ -207,7 +203,6 @@ fn super_row_dots<const ID: u32, const BYTES: usize, const T: usize>(
         }
         let mut a = [[_mm256_setzero_si256(); LANES]; T];
         let mut b = [[_mm256_setzero_si256(); LANES]; T];
-        let (mut d, mut dmin) = ([0; LANES], [0; LANES]);
         let mut scales = [[0.0; LANES]; T];
         for i in 0..len {
             prefetch::<_MM_HINT_T0>(&blocks[i], PREFETCH);
@@ -216,9 +211,10 @@ fn super_row_dots<const ID: u32, const BYTES: usize, const T: usize>(
                 (a[t][i], b[t][i]) = weights.times::<ID>(&tokens[t][i]);
                 scales[t][i] = tokens[t][i].scale;
             }
-            (d[i], dmin[i]) = half_factors::<ID, BYTES>(&blocks[i]);
         }
-        let (d, dmin) = (from_f16(d), from_f16(dmin));
+        // Those of the last block again, times zero, where there are fewer than eight.
+        let eight = std::array::from_fn(|i| &blocks[i.min(len - 1)]);
+        let (d, dmin) = eight_factors::<ID, BYTES>(eight);
         for t in 0..T {
             let scales = load_f32(&scales[t]);
             let a = _mm256_cvtepi32_ps(sum_each(&a[t]));

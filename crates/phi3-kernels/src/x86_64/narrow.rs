@@ -9,8 +9,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocks::{self, columns, has_minimum, is_signed, offset_shift};
-use super::panel::{PANEL_ROWS, eight_blocks, eight_factors, panel_rows};
+use super::blocks::{self, columns, eight_factors, has_minimum, is_signed, offset_shift};
+use super::panel::PanelRows;
 use super::vector::store_f32;
 use crate::{BlockType, MatrixRef};
 
@@ -68,7 +68,7 @@ fn turn_blocks<const ID: u32, const BYTES: usize>(
     cols: Range<usize>,
     panel: &mut [[[f32; 8]; 2]],
 ) {
-    let rows = panel_rows::<BYTES>(w, first, rows);
+    let rows = PanelRows::<BYTES>::new(w, first, rows);
     let panel = panel.as_chunks_mut::<32>().0;
     for (block, panel) in (cols.start / 32..cols.end / 32).zip(panel) {
         for half in 0..2 {
@@ -90,7 +90,7 @@ fn one_token_blocks<const ID: u32, const BYTES: usize>(
     cols: Range<usize>,
     x: &[f32],
 ) -> [[f32; 8]; 2] {
-    let rows = panel_rows::<BYTES>(w, first, rows);
+    let rows = PanelRows::<BYTES>::new(w, first, rows);
     let x = x.as_chunks::<32>().0;
     let mut sums = [_mm256_setzero_ps(); 2];
     for (block, x) in (cols.start / 32..cols.end / 32).zip(x) {
@@ -123,11 +123,11 @@ impl Eight {
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
     fn new<const ID: u32, const BYTES: usize>(
-        rows: &[&[[u8; BYTES]]; PANEL_ROWS],
+        rows: &PanelRows<'_, BYTES>,
         half: usize,
         block: usize,
     ) -> Self {
-        let blocks = eight_blocks(rows, half, block);
+        let blocks = rows.eight(half, block);
         let (d, m) = eight_factors::<ID, BYTES>(blocks);
         let q = columns::<ID, BYTES>(blocks);
         Self { q, d, m }

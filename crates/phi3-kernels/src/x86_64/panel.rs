@@ -8,10 +8,10 @@
 use std::arch::x86_64::*;
 
 use super::blocks::{
-    columns, factors, half_factors, has_minimum, offset_shift, spread, stored, stored_at,
+    columns, eight_factors, factors, has_minimum, offset_shift, spread, stored, stored_at,
 };
 use super::micro::Scales;
-use super::vector::{from_f16, load, store, store_f32, store_i16, transpose};
+use super::vector::{load, store, store_f32, store_i16, transpose};
 use crate::MatrixRef;
 
 /// Rows of a panel, in two vectors.
@@ -53,13 +53,31 @@ pub(super) const EMPTY_SUPER_PANEL: SuperPanel = SuperPanel {
     dmin: [[0.0; 8]; 2],
 };
 
-/// The blocks of the rows of a panel; the last row again where the matrix has no more.
-pub(super) fn panel_rows<'a, const BYTES: usize>(
-    w: MatrixRef<'a>,
-    first: usize,
-    rows: usize,
-) -> [&'a [[u8; BYTES]]; PANEL_ROWS] {
-    std::array::from_fn(|i| w.row(first + i.min(rows - 1)).as_chunks().0)
+/// The blocks of the rows of a panel.
+pub(super) struct PanelRows<'a, const BYTES: usize> {
+    rows: [&'a [[u8; BYTES]]; PANEL_ROWS],
+    blocks: usize,
+}
+
+impl<'a, const BYTES: usize> PanelRows<'a, BYTES> {
+    /// `rows` rows from row `first` on; the last one again where there are fewer than sixteen.
+    pub(super) fn new(w: MatrixRef<'a>, first: usize, rows: usize) -> Self {
+        let rows = std::array::from_fn(|i| w.row(first + i.min(rows - 1)).as_chunks().0);
+        let blocks = rows.iter().map(|row| row.len()).min().unwrap_or(0);
+        Self { rows, blocks }
+    }
+
+    /// Block `block` of the eight rows of a half.
+    #[inline(always)]
+    pub(super) fn eight(&self, half: usize, block: usize) -> [&'a [u8; BYTES]; 8] {
+        assert!(block < self.blocks, "a block of the rows");
+        std::array::from_fn(|i| {
+            let row = self.rows[8 * half + i];
+            // SAFETY: no row has fewer than `blocks` blocks, and `block` was checked above: once
+            // for eight rows, because eight checks take as long as unpacking.
+            unsafe { row.get_unchecked(block) }
+        })
+    }
 }
 
 /// Blocks of the rows of a half.
@@ -76,34 +94,9 @@ pub(super) fn unpack<const ID: u32, const BYTES: usize>(
     }
     let (d, m) = eight_factors::<ID, BYTES>(blocks);
     panel.d[half] = store_f32(d);
-    panel.m[half] = store_f32(m);
-}
-
-/// Block `block` of the eight rows of a half.
-#[inline(always)]
-pub(super) fn eight_blocks<'a, const BYTES: usize>(
-    rows: &[&'a [[u8; BYTES]]; PANEL_ROWS],
-    half: usize,
-    block: usize,
-) -> [&'a [u8; BYTES]; 8] {
-    let mut blocks = [&rows[8 * half][block]; 8];
-    for i in 1..8 {
-        blocks[i] = &rows[8 * half + i][block];
+    if has_minimum(ID) {
+        panel.m[half] = store_f32(m);
     }
-    blocks
-}
-
-/// The [`half_factors`] of eight blocks.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-pub(super) fn eight_factors<const ID: u32, const BYTES: usize>(
-    blocks: [&[u8; BYTES]; 8],
-) -> (__m256, __m256) {
-    let (mut d, mut m) = ([0; 8], [0; 8]);
-    for i in 0..8 {
-        (d[i], m[i]) = half_factors::<ID, BYTES>(blocks[i]);
-    }
-    (from_f16(d), from_f16(m))
 }
 
 /// Whether a scale and a minimum hold for 32 weights rather than sixteen.
@@ -143,7 +136,9 @@ pub(super) fn unpack_super<const ID: u32, const BYTES: usize>(
     unpack_factors::<ID, BYTES>(blocks, half, panel);
     let (d, dmin) = eight_factors::<ID, BYTES>(blocks);
     panel.d[half] = store_f32(d);
-    panel.dmin[half] = store_f32(dmin);
+    if has_minimum(ID) {
+        panel.dmin[half] = store_f32(dmin);
+    }
 }
 
 /// The scales and minima of eight rows.

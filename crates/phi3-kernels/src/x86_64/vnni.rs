@@ -26,10 +26,11 @@ use std::arch::x86_64::*;
 
 use self::lanes::Vnni;
 use super::blocks::{
-    self, factors, half_factors, has_minimum, is_signed, offset_shift, single, superblock,
+    self, eight_factors, factors, has_minimum, is_signed, offset_shift, single, superblock,
 };
 use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, groups_of};
-use super::vector::{from_f16, load, load_f32, store, store_f32, store_i16, transpose};
+use super::panel::PanelRows;
+use super::vector::{load, load_f32, store, store_f32, store_i16, transpose};
 use crate::activations::Quantized;
 use crate::backend::Kernels;
 use crate::{BlockType, MatrixRef};
@@ -171,10 +172,7 @@ fn rows<V: Vnni, T: Columns, const ID: u32, const BYTES: usize, const PARTS: usi
     let mut panel = vec![empty; groups.div_ceil(LANES)];
     let mut sums: Vec<Floats> = vec![[[[0.0; 8]; 2]; TILE]; x.n.div_ceil(TILE)];
     for start in (0..rows).step_by(PANEL_ROWS) {
-        // The last row again where the matrix has no more.
-        let last = rows - start - 1;
-        let row = |i: usize| w.row(first_row + start + i.min(last)).as_chunks().0;
-        let panel_rows: [&[[u8; BYTES]]; PANEL_ROWS] = std::array::from_fn(row);
+        let panel_rows = PanelRows::<BYTES>::new(w, first_row + start, rows - start);
         sums.fill([[[0.0; 8]; 2]; TILE]);
         for class in 0..LANES.min(groups) {
             let len = class_len(groups, class);
@@ -207,23 +205,20 @@ const fn shift(id: u32) -> Option<i32> {
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn unpack<const ID: u32, const BYTES: usize, const PARTS: usize>(
-    rows: &[&[[u8; BYTES]]; PANEL_ROWS],
+    rows: &PanelRows<'_, BYTES>,
     block: usize,
     panel: &mut Panel<PARTS>,
 ) {
     for half in 0..2 {
         let mut q = [[_mm256_setzero_si256(); 8]; PARTS];
-        let (mut d, mut dmin) = ([0; 8], [0; 8]);
+        let blocks = rows.eight(half, block);
         for i in 0..8 {
-            let block = &rows[8 * half + i][block];
-            (d[i], dmin[i]) = half_factors::<ID, BYTES>(block);
+            let block = blocks[i];
             if PARTS == 1 {
                 q[0][i] = single::<ID, BYTES>(block);
                 if is_signed(ID) {
                     q[0][i] = _mm256_xor_si256(q[0][i], _mm256_set1_epi8(-128));
                 }
-                // Blocks of 32 add their minimum.
-                dmin[i] ^= 0x8000;
                 let factor = match shift(ID) {
                     Some(shift) => 1 << shift,
                     None => 1,
@@ -252,8 +247,13 @@ fn unpack<const ID: u32, const BYTES: usize, const PARTS: usize>(
                 panel.parts[g].q[c][half] = store(columns[c]);
             }
         }
-        panel.d[half] = store_f32(from_f16(d));
-        panel.dmin[half] = store_f32(from_f16(dmin));
+        let (d, mut dmin) = eight_factors::<ID, BYTES>(blocks);
+        if PARTS == 1 {
+            // Blocks of 32 add their minimum.
+            dmin = _mm256_xor_ps(dmin, _mm256_set1_ps(-0.0));
+        }
+        panel.d[half] = store_f32(d);
+        panel.dmin[half] = store_f32(dmin);
     }
 }
 

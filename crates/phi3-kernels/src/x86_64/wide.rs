@@ -11,11 +11,11 @@
 
 use std::arch::x86_64::*;
 
-use super::blocks::columns;
+use super::blocks::{columns, eight_factors};
 use super::gemm::{Ahead, NO_LANES, add, bring_home, panels};
 use super::layouts::{LANES, Layouts, TILE, WideTile, class_len, few_tiles};
 use super::micro::{self, Lanes, Pairs};
-use super::panel::{PANEL_ROWS, eight_blocks, eight_factors, panel_rows};
+use super::panel::{PANEL_ROWS, PanelRows};
 use super::vector::{load_f32, store_f32, store_i16};
 use crate::MatrixRef;
 use crate::activations::Quantized;
@@ -53,6 +53,7 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
         wide_tiles,
         EMPTY_PANEL,
         AT_ONCE,
+        LANES,
         unpack::<ID, BYTES>,
         multiply,
     );
