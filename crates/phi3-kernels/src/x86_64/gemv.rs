@@ -1,4 +1,4 @@
-//! Products of quantized weights with one to three tokens, read once and in order.
+//! Products of quantized weights with one to four tokens, read once and in order.
 
 #![expect(
     clippy::needless_range_loop,
@@ -8,7 +8,8 @@
 use std::arch::x86_64::*;
 
 use super::blocks::{
-    eight_factors, factors, has_minimum, is_signed, offset_shift, pair, sums_in_i16, superblock,
+    INT4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, eight_factors, factors, has_minimum, is_signed,
+    offset_shift, pair, sums_in_i16, superblock,
 };
 use super::layouts::{LANES, Layouts, Octet, Superblock};
 use super::vector::{load, load_f32, prefetch, store_f32, sum_each, sum_halves};
@@ -18,21 +19,32 @@ use crate::activations::Quantized;
 /// How far ahead of their use weights are asked for, in bytes.
 const PREFETCH: usize = 2048;
 
-/// More tokens are multiplied with weights that are unpacked and turned.
-pub(super) const MAX_TOKENS: usize = 3;
+/// The most tokens that share a block in registers.
+const MAX_TOKENS: usize = 4;
 
-/// Calls `$dots` for every row, with one, two or three tokens, whose layout is `$each` elements a token.
+/// How many tokens take less time here than with weights that are unpacked and turned, of a type.
+pub(super) const fn max_tokens(id: u32) -> usize {
+    match id {
+        // Their bytes are unpacked fastest.
+        Q2_K | Q4_K => 2,
+        Q3_K | Q5_K | Q6_K | INT4 => 3,
+        _ => MAX_TOKENS,
+    }
+}
+
+/// Calls `$dots` for every row, with one to four tokens, whose layout is `$each` elements a token.
 macro_rules! each_row {
     ($dots:ident::<$id:ident, $bytes:ident>, $x:ident, $each:ident, $w:ident, $first_row:ident, $out:ident) => {
         let rows = $out.first().map_or(0, |out| out.len());
-        assert!($out.len() <= MAX_TOKENS, "at most three tokens");
+        assert!($out.len() <= MAX_TOKENS, "at most four tokens");
         for i in 0..rows {
             let row = $w.row($first_row + i);
             let mut sums = [0.0; MAX_TOKENS];
             match $out.len() {
                 1 => sums[..1].copy_from_slice(&$dots::<$id, $bytes, 1>(row, $x, $each)),
                 2 => sums[..2].copy_from_slice(&$dots::<$id, $bytes, 2>(row, $x, $each)),
-                _ => sums = $dots::<$id, $bytes, 3>(row, $x, $each),
+                3 => sums[..3].copy_from_slice(&$dots::<$id, $bytes, 3>(row, $x, $each)),
+                _ => sums = $dots::<$id, $bytes, 4>(row, $x, $each),
             }
             for (out, sum) in $out.iter_mut().zip(sums) {
                 out[i] = sum;

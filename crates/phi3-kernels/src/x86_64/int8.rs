@@ -9,7 +9,7 @@ use crate::{BlockType, MatrixRef, scalar};
 pub(super) fn int8_rows(x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
     macro_rules! rows {
         ($id:ident, $bytes:literal, $gemm:ident::$rows:ident) => {
-            if x.n <= gemv::MAX_TOKENS {
+            if x.n <= gemv::max_tokens(blocks::$id) {
                 gemv::$rows::<{ blocks::$id }, $bytes>(x, w, first_row, out)
             } else {
                 $gemm::$rows::<{ blocks::$id }, $bytes>(x, w, first_row, out)
