@@ -68,6 +68,7 @@ struct Object<'a> {
 #[derive(Clone, Serialize)]
 struct Limits {
     read_gigabytes_per_second: f64,
+    read_gigabytes_per_second_median: f64,
     f32_gigaops_per_second: f64,
     int8_gigaops_per_second: f64,
     instruction_sets: Vec<SetLimits>,
@@ -118,9 +119,11 @@ impl Report {
         for (threads, probe) in &self.probes {
             let _ = write!(
                 out,
-                "; {threads} {} can read {:.1} GB/s and do {:.0} Gop/s in f32, {:.0} Gop/s in int8",
+                "; {threads} {} can read {:.1} GB/s (median {:.1}) and do {:.0} Gop/s in f32, \
+                 {:.0} Gop/s in int8",
                 if *threads == 1 { "thread" } else { "threads" },
                 probe.read_bytes / 1e9,
+                probe.usual_read_bytes / 1e9,
                 probe.f32_ops() / 1e9,
                 probe.int8_ops() / 1e9,
             );
@@ -245,6 +248,7 @@ impl Limits {
         });
         Self {
             read_gigabytes_per_second: probe.read_bytes / 1e9,
+            read_gigabytes_per_second_median: probe.usual_read_bytes / 1e9,
             f32_gigaops_per_second: probe.f32_ops() / 1e9,
             int8_gigaops_per_second: probe.int8_ops() / 1e9,
             instruction_sets: sets.collect(),
@@ -299,6 +303,7 @@ mod tests {
             probes: [Probe {
                 threads: 2,
                 read_bytes: 40e9,
+                usual_read_bytes: 30e9,
                 instruction_sets: vec![InstructionSet {
                     name: "avx2",
                     f32_ops: 200e9,
@@ -337,7 +342,7 @@ mod tests {
             )
         );
         for line in [
-            "; 2 threads can read 40.0 GB/s and do 200 Gop/s in f32, 500 Gop/s in int8\n",
+            "; 2 threads can read 40.0 GB/s (median 30.0) and do 200 Gop/s in f32, 500 Gop/s in int8\n",
             "loaded in 0.50 s, first token after 0.75 s; peak memory 3.00 GB\n\n| test |",
             "| pp10 | 0 | 1 | 2 | 20.00 | 10.00 to 40.00 | 3.0 (8 %) | 82.0 (16 %) |\n",
             "| tg5 | 0 | 4 | 2 | 40.00 | 20.00 to 80.00 | 20.0 (50 %) | 200.0 (40 %) |\n",

@@ -61,6 +61,7 @@ fn a_random_model_is_made_and_measured() -> Result<()> {
             "/gigaops_per_second",
             "/share_of_compute",
             "/probe/read_gigabytes_per_second",
+            "/probe/read_gigabytes_per_second_median",
             "/probe/instruction_sets/0/int8_gigaops_per_second",
         ] {
             ensure!(number(pointer)? > 0.0, "{pointer}: {object}");
