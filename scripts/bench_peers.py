@@ -202,7 +202,7 @@ def report(args, programs, files, tests, results, failures):
             lines.append(row(cells))
     others = [(run["others"], name) for (_, name), of in results.items() for run in of["runs"]]
     known = [it for it in others if it[0] is not None]
-    ours = [run for of in results.values() for run in of["runs"] if run.get("read")]
+    ours = [run for of in results.values() for run in of["runs"] if run.get("usual_read")]
     if ours:
         best, usual = (spread([run[key] for run in ours]) for key in ("read", "usual_read"))
         lines.append(
