@@ -65,8 +65,8 @@ pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use block_sparse::BlockSparseLayout;
 pub use environment::{EnvironmentError, check_environment};
 pub use ops::{
-    add_to_rows, argmax, dequantize, gather_rows, gegelu, layer_norm, linear, matmul, quick_gelu,
-    rms_norm, rope, silu_mul,
+    add, add_to_rows, argmax, dequantize, gather_rows, gegelu, layer_norm, linear, matmul,
+    quick_gelu, rms_norm, rope, silu_mul,
 };
 pub use probe::{InstructionSet, Probe, probe};
 pub use products::{Product, combine_rows, linear_all};

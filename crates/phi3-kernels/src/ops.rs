@@ -287,6 +287,21 @@ pub fn quick_gelu(x: &[f32], out: &mut [f32]) {
     });
 }
 
+/// `out = x + y`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn add(x: &[f32], y: &[f32], out: &mut [f32]) {
+    check_rows("add: x", x.len(), 1, out.len());
+    check_rows("add: y", y.len(), 1, out.len());
+    threads::for_each_part(out, 1, x.len(), |first, out| {
+        let both = x[first..].iter().zip(&y[first..]);
+        for (out, (x, y)) in out.iter_mut().zip(both) {
+            *out = x + y;
+        }
+    });
+}
+
 /// Adds `bias` to every row of `x`, `[n, bias.len()]`.
 ///
 /// # Panics
@@ -445,6 +460,23 @@ mod tests {
         assert_eq!(out, [0.0, 2.0, 1.0, 0.0]);
         layer_norm(&[], &[], &[], 1e-5, &mut []);
         add_to_rows(&mut [], &[]);
+    }
+
+    #[test]
+    fn sums_are_of_the_same_places() {
+        // Enough for several threads.
+        let x: Vec<f32> = (0..100_003).map(|i| i as f32).collect();
+        let y: Vec<f32> = x.iter().map(|x| 0.25 - x).collect();
+        let mut out = vec![f32::NAN; x.len()];
+        add(&x, &y, &mut out);
+        assert!(out.iter().all(|sum| *sum == 0.25));
+        add(&[], &[], &mut []);
+    }
+
+    #[test]
+    #[should_panic(expected = "add: y has 1 elements; expected 2 rows of 1")]
+    fn sums_are_of_as_many_numbers() {
+        add(&[1.0, 2.0], &[1.0], &mut [0.0; 2]);
     }
 
     #[test]

@@ -25,6 +25,7 @@ pub mod mlp;
 pub mod norm;
 pub mod packed;
 pub mod residency;
+mod residual;
 pub mod rope;
 mod sparse_attention;
 pub mod weights;
@@ -44,6 +45,7 @@ pub use norm::{LayerNorm, RmsNorm};
 pub use packed::Packed;
 pub use phi3_kernels::BlockSparseLayout;
 pub use residency::Residency;
+pub use residual::residual;
 pub use rope::{Regime, RopeTables, RotaryEmbedding};
 pub use weights::{
     Backend, Bytes, LayoutError, MemorySource, StoredTensor, TensorPart, TensorSource, Weights,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use phi3_nn::{
     AttentionParams, CacheSpec, CausalLm, Embedding, Input, KvCache, LayerNorm, Linear, ModelInfo,
-    Observer, Packed, Result, RopeTables, RotaryEmbedding, Span, Weights, attention,
+    Observer, Packed, Result, RopeTables, RotaryEmbedding, Span, Weights, attention, residual,
 };
 
 use crate::config::Config;
@@ -135,11 +135,11 @@ impl DecoderLayer {
             .self_attn
             .forward(&self.input_layernorm.forward(x)?, rope, packed)?;
         packed.observe(format_args!("hidden_layer{layer_idx}_attn"), &attended)?;
-        let x = (x + attended)?;
+        let x = residual(x, &attended)?;
         let mixed = self
             .moe
             .forward(&self.post_attention_layernorm.forward(&x)?, packed)?;
-        let x = (x + mixed)?;
+        let x = residual(&x, &mixed)?;
         packed.observe(format_args!("hidden_layer{layer_idx}"), &x)?;
         Ok(x)
     }

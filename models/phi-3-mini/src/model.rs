@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use phi3_nn::{
     AttentionParams, CacheSpec, CausalLm, Embedding, GatedMlp, Input, KvCache, Linear, ModelInfo,
     Observer, Packed, Result, RmsNorm, RopeTables, RotaryEmbedding, Span, Weights, attention,
+    residual,
 };
 
 use crate::config::Config;
@@ -102,11 +103,11 @@ impl DecoderLayer {
             .self_attn
             .forward(&self.input_layernorm.forward(x)?, rope, packed)?;
         packed.observe(format_args!("hidden_layer{layer_idx}_attn"), &attended)?;
-        let x = (x + attended)?;
+        let x = residual(x, &attended)?;
         let inner = self
             .mlp
             .forward(&self.post_attention_layernorm.forward(&x)?, packed)?;
-        let x = (x + inner)?;
+        let x = residual(&x, &inner)?;
         packed.observe(format_args!("hidden_layer{layer_idx}"), &x)?;
         Ok(x)
     }
