@@ -174,6 +174,7 @@ fn measure(case: Case, limit: Duration) {
                     len: keys,
                     num_heads: heads,
                     num_kv_heads: kv_heads,
+                    layout: None,
                     shape: AttentionShape {
                         head_dim: d,
                         q_start: keys - queries,

@@ -20,6 +20,27 @@ impl<'a> Rows<'a> {
             Self::F16(rows) => Self::F16(&rows[start * d..end * d]),
         }
     }
+
+    /// How many rows of width `d` these are.
+    pub(crate) fn count(self, d: usize) -> usize {
+        match self {
+            Self::F32(rows) => rows.len() / d,
+            Self::F16(rows) => rows.len() / d,
+        }
+    }
+}
+
+/// Rows that follow one another but lie in several places, of one type: each part with the number
+/// of rows before it.
+pub(crate) fn numbered<'a>(
+    parts: &[Rows<'a>],
+    d: usize,
+) -> impl Iterator<Item = (usize, Rows<'a>)> {
+    parts.iter().scan(0, move |next, part| {
+        let first = *next;
+        *next += part.count(d);
+        Some((first, *part))
+    })
 }
 
 /// Tokens of f32 that a matrix multiplies.
@@ -89,8 +110,9 @@ pub(crate) trait Kernels: Debug + Send + Sync {
     }
 
     /// `out[r * stride + j] = q[r] · keys[j]` for the rows r of `q` and j of `keys`. Rows here and
-    /// in [`weighted_sum`](Self::weighted_sum) have `d` elements, a multiple of 8.
-    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+    /// in [`weighted_sum`](Self::weighted_sum) have `d` elements, a multiple of 8; keys and values
+    /// come in [parts](numbered).
+    fn scores(&self, q: &[f32], keys: &[Rows<'_>], d: usize, out: &mut [f32], stride: usize) {
         self.base().scores(q, keys, d, out, stride);
     }
 
@@ -107,7 +129,7 @@ pub(crate) trait Kernels: Debug + Send + Sync {
         &self,
         weights: &[f32],
         stride: usize,
-        values: Rows<'_>,
+        values: &[Rows<'_>],
         d: usize,
         acc: &mut [f32],
     ) {

@@ -95,6 +95,7 @@ impl Sequence {
             len: self.len,
             num_heads: self.num_heads,
             num_kv_heads: self.num_kv_heads,
+            layout: None,
             shape: self.shape,
         };
         if self.half {
@@ -389,6 +390,7 @@ fn a_query_that_sees_an_absent_page_panics() {
         len: 10,
         num_heads: 1,
         num_kv_heads: 1,
+        layout: None,
         shape: shape(8, 9, 0, None),
     }]);
 }

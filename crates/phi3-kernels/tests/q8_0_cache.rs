@@ -65,6 +65,7 @@ proptest! {
                 len,
                 num_heads: heads,
                 num_kv_heads: kv_heads,
+                layout: None,
                 shape: AttentionShape {
                     head_dim: d,
                     q_start: behind,

@@ -199,6 +199,7 @@ fn attend_with_kernels(
                 len: sequence.start + len,
                 num_heads,
                 num_kv_heads,
+                layout: None,
                 shape: AttentionShape {
                     head_dim,
                     q_start: sequence.start,

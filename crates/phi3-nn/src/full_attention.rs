@@ -88,6 +88,7 @@ fn attend_with_kernels(qkv: &Tensor, num_heads: usize, len: usize, scale: f32) -
             len,
             num_heads,
             num_kv_heads: num_heads,
+            layout: None,
             shape: AttentionShape {
                 head_dim,
                 // Queries that all come after the last key see all of them.

@@ -1,24 +1,16 @@
 //! Block-sparse attention on the pages of a cache: only the blocks that a query sees are touched.
 //!
-//! The pages of a block-sparse layer hold one block of one key/value head. The blocks that a block of
-//! queries sees, in order, are handed to the kernels as if they followed one another: the last one
-//! is the queries' own, all others lie before it, so that causal attention over this shorter
-//! sequence sees exactly what the layout shows. Heads of a key/value head that see the same blocks go
-//! together and read each of them once: all heads at the start of a sequence or where the pattern
-//! is the same for all, else those whose far blocks are the same. Work and memory grow with the
-//! visible blocks.
+//! The pages of a block-sparse layer hold one block of one key/value head, which is what the kernels
+//! ask for; work and memory grow with the visible blocks.
 //!
 //! A long span goes through in steps, and what no later query reaches is freed after each.
 
-use std::ops::Range;
-
 use candle_core::{DType, Device, Tensor};
-use phi3_kernels::{AttentionJob, AttentionShape, BlockSparseLayout, KvPage, KvPages};
+use phi3_kernels::{AttentionJob, AttentionShape, BlockSparseLayout};
 
 use crate::attention::AttentionParams;
 use crate::error::Result;
 use crate::host;
-use crate::kv_pages::PageViews;
 use crate::packed::Sequence;
 
 /// Positions of a step: enough tiles for any number of threads, and little memory beside the
@@ -52,16 +44,24 @@ pub(crate) fn attend_block_sparse(
                     row * kv_width..(row + len) * kv_width,
                 );
                 pages.append(start, &keys[of_k.clone()], &values[of_k])?;
-                let mut queries = SparseQueries {
+                phi3_kernels::attend_packed(&mut [AttentionJob {
                     q: &q[of_q.clone()],
                     out: &mut out[of_q],
-                    start,
+                    pages: pages.view().pages(),
+                    page_heads: pages.shape().heads,
+                    page_len: pages.shape().len,
+                    len: start + len,
                     num_heads,
                     num_kv_heads,
-                    head_dim,
-                    scale: params.scale,
-                };
-                attend(&mut queries, &pages.view(), layout);
+                    shape: AttentionShape {
+                        head_dim,
+                        q_start: start,
+                        k_start: 0,
+                        window: None,
+                        scale: params.scale,
+                    },
+                    layout: Some(layout),
+                }]);
                 pages.drop_unreachable(params.pattern, start + len);
                 row += len;
             }
@@ -149,147 +149,11 @@ pub(crate) fn attend_gathered(
     }
 }
 
-/// Queries that follow one another, and where their results go: `[l, h, d]` each.
-struct SparseQueries<'a> {
-    q: &'a [f32],
-    out: &'a mut [f32],
-    /// Position of the first query.
-    start: usize,
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    scale: f32,
-}
-
-/// The queries of one block and of heads that see the same.
-struct Tile {
-    heads: Range<usize>,
-    /// Rows among the queries.
-    rows: Range<usize>,
-    /// Position of the first of them in its block.
-    offset: usize,
-    /// Entries of the page table, in order; the last holds the queries' own keys.
-    entries: Vec<usize>,
-}
-
-/// Attention of `queries` to the pages of a layer.
-fn attend(queries: &mut SparseQueries<'_>, view: &PageViews<'_>, layout: BlockSparseLayout) {
-    let tiles = tiles(queries, layout);
-    match view {
-        PageViews::F32(pages) => {
-            attend_tiles(queries, &tiles, pages, layout, |pages| KvPages::F32(pages));
-        }
-        PageViews::F16(pages) => {
-            attend_tiles(queries, &tiles, pages, layout, |pages| KvPages::F16(pages));
-        }
-        PageViews::Q8_0(pages) => {
-            attend_tiles(queries, &tiles, pages, layout, |pages| KvPages::Q8_0(pages));
-        }
-    }
-}
-
-fn tiles(queries: &SparseQueries<'_>, layout: BlockSparseLayout) -> Vec<Tile> {
-    let block_size = layout.block_size();
-    let width = queries.num_heads * queries.head_dim;
-    let len = queries.q.len() / width;
-    let group = queries.num_heads / queries.num_kv_heads;
-    let mut tiles: Vec<Tile> = Vec::new();
-    let mut row = 0;
-    while row < len {
-        let position = queries.start + row;
-        let (block, offset) = (position / block_size, position % block_size);
-        let rows = row..row + (block_size - offset).min(len - row);
-        for head in 0..queries.num_heads {
-            let entry = |block: usize| block * queries.num_kv_heads + head / group;
-            let entries: Vec<_> = visible(layout, head, block).map(entry).collect();
-            match tiles.last_mut() {
-                Some(tile) if tile.rows == rows && tile.entries == entries => {
-                    tile.heads.end = head + 1;
-                }
-                _ => tiles.push(Tile {
-                    heads: head..head + 1,
-                    rows: rows.clone(),
-                    offset,
-                    entries,
-                }),
-            }
-        }
-        row = rows.end;
-    }
-    tiles
-}
-
 /// The blocks that a block of queries sees, in order; the last one is its own.
 fn visible(layout: BlockSparseLayout, head: usize, block: usize) -> impl Iterator<Item = usize> {
     let first_local = layout.first_local(block);
     let far = (layout.first_vertical(head)..first_local).step_by(layout.vert_stride());
     far.chain(first_local..=block)
-}
-
-fn attend_tiles<'p, T: Copy + 'p>(
-    queries: &mut SparseQueries<'_>,
-    tiles: &[Tile],
-    pages: &[KvPage<'p, T>],
-    layout: BlockSparseLayout,
-    wrap: impl for<'b> Fn(&'b [KvPage<'b, T>]) -> KvPages<'b>,
-) {
-    let (d, block_size) = (queries.head_dim, layout.block_size());
-    let width = queries.num_heads * d;
-    let columns = |tile: &Tile| tile.heads.start * d..tile.heads.end * d;
-    // The queries of a tile's heads alone, as a job takes them.
-    let mut q = Vec::with_capacity(queries.q.len());
-    for tile in tiles {
-        for row in queries.q[tile.rows.start * width..tile.rows.end * width].chunks_exact(width) {
-            q.extend_from_slice(&row[columns(tile)]);
-        }
-    }
-    let absent = KvPage {
-        keys: &[][..],
-        values: &[][..],
-    };
-    let visible: Vec<Vec<KvPage<'_, T>>> = tiles
-        .iter()
-        .map(|tile| {
-            let page = |entry: &usize| pages.get(*entry).copied().unwrap_or(absent);
-            tile.entries.iter().map(page).collect()
-        })
-        .collect();
-    let mut out = vec![0f32; q.len()];
-    let (mut q_rest, mut out_rest) = (q.as_slice(), out.as_mut_slice());
-    let mut jobs = Vec::with_capacity(tiles.len());
-    for (tile, visible) in tiles.iter().zip(&visible) {
-        let (q, q_after) = q_rest.split_at(tile.rows.len() * tile.heads.len() * d);
-        let (out, out_after) = std::mem::take(&mut out_rest).split_at_mut(q.len());
-        (q_rest, out_rest) = (q_after, out_after);
-        let before = (visible.len() - 1) * block_size;
-        jobs.push(AttentionJob {
-            q,
-            out,
-            pages: wrap(visible),
-            page_heads: 1,
-            page_len: block_size,
-            len: before + tile.offset + tile.rows.len(),
-            num_heads: tile.heads.len(),
-            num_kv_heads: 1,
-            shape: AttentionShape {
-                head_dim: d,
-                q_start: before + tile.offset,
-                k_start: 0,
-                window: None,
-                scale: queries.scale,
-            },
-        });
-    }
-    phi3_kernels::attend_packed(&mut jobs);
-    drop(jobs);
-    let mut rest = out.as_slice();
-    for tile in tiles {
-        for row in tile.rows.clone() {
-            let (found, after) = rest.split_at(tile.heads.len() * d);
-            queries.out[row * width..][columns(tile)].copy_from_slice(found);
-            rest = after;
-        }
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ pub(crate) use neon::Neon;
 
 use crate::MatrixRef;
 use crate::activations::Quantized;
-use crate::backend::{Kernels, Rows, Tokens};
+use crate::backend::{Kernels, Rows, Tokens, numbered};
 use crate::scalar::Scalar;
 use crate::simd128::{attention, int8, rows};
 
@@ -38,8 +38,10 @@ impl Kernels for Neon {
         int8::int8_rows(*self, *self, x, w, first_row, out);
     }
 
-    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
-        attention::scores(*self, q, keys, d, out, stride);
+    fn scores(&self, q: &[f32], keys: &[Rows<'_>], d: usize, out: &mut [f32], stride: usize) {
+        for (first, keys) in numbered(keys, d) {
+            attention::scores(*self, q, keys, d, &mut out[first..], stride);
+        }
     }
 
     fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
@@ -50,11 +52,13 @@ impl Kernels for Neon {
         &self,
         weights: &[f32],
         stride: usize,
-        values: Rows<'_>,
+        values: &[Rows<'_>],
         d: usize,
         acc: &mut [f32],
     ) {
-        attention::weighted_sum(*self, weights, stride, values, d, acc);
+        for (first, values) in numbered(values, d) {
+            attention::weighted_sum(*self, &weights[first..], stride, values, d, acc);
+        }
     }
 
     fn widen(&self, halves: &[u16], out: &mut [f32]) {

@@ -7,17 +7,24 @@
 //! with whatever neighbors and on however many threads it is computed, and whichever keys out
 //! of its sight are held.
 //!
-//! [`tile`] goes through the tiles, [`schedule`] spreads them over threads, [`Kernels`] names
-//! the few operations that a backend has to give.
+//! Under a block-sparse layout the blocks that a head sees are cut into tiles in the same way, as if
+//! they followed one another: first the near ones, then the far ones and the queries' own.
+//!
+//! [`tile`] goes through the tiles, [`pass`] says which keys they hold and who sees them, [`sparse`]
+//! finds these for a block-sparse layout, [`schedule`] spreads them over threads, and [`Kernels`]
+//! names the few operations that a backend has to give.
 //!
 //! [`Kernels`]: crate::backend::Kernels
 
+mod pass;
 mod q8_0;
 mod schedule;
+mod sparse;
 mod tile;
 
 use std::ops::Range;
 
+use crate::BlockSparseLayout;
 use crate::backend::Rows;
 
 pub(crate) use q8_0::{GROUP, GROUP_BYTES};
@@ -94,13 +101,17 @@ pub struct AttentionJob<'a> {
     pub num_kv_heads: usize,
     /// Width, positions, window and scale.
     pub shape: AttentionShape,
+    /// Which of the keys that are not after it a query sees, if not all: blocks of keys, whose pages
+    /// are a block each. There is no window then, and the first key has position 0.
+    pub layout: Option<BlockSparseLayout>,
 }
 
 /// Causal attention of several sequences, each against its own keys:
 /// `out[i, h] = sum_j softmax_j(scale * q[i, h] · keys[h / g, j]) * values[h / g, j]` with
 /// `g = num_heads / num_kv_heads`, over the visible keys j: key j is visible to query i iff its
 /// position `k_start + j` is not after `q_start + i` and, with a window, less than `window`
-/// positions before it.
+/// positions before it, and, with a layout, head h sees the block of `k_start + j` from that of
+/// `q_start + i`. The time that a layout takes grows with the blocks that are seen.
 ///
 /// Scores, softmax and sums are f32. A query that sees no key gets zeros. A query's result does
 /// not depend, to the last bit, on the other queries and jobs, on keys that it does not see, on
@@ -108,8 +119,8 @@ pub struct AttentionJob<'a> {
 ///
 /// # Panics
 /// When a width or a number of heads is 0, query heads are not a multiple of key/value heads, a
-/// slice is not as long as the numbers say, a query sees a key of an absent page, or a position is
-/// larger than `usize::MAX - 1`.
+/// slice is not as long as the numbers say, a query sees a key of an absent page, a position is
+/// larger than `usize::MAX - 1`, or a layout is not one of these heads, pages and positions.
 pub fn attend_packed(jobs: &mut [AttentionJob<'_>]) {
     jobs.iter().for_each(AttentionJob::check);
     schedule::run(jobs, crate::dispatch::backend());
@@ -141,6 +152,7 @@ pub fn attend(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape, ou
         num_heads: 1,
         num_kv_heads: 1,
         shape,
+        layout: None,
     }]);
 }
 
@@ -221,9 +233,20 @@ impl AttentionJob<'_> {
         let (q_start, k_start) = (self.shape.q_start, self.shape.k_start);
         assert!(
             q_start.checked_add(self.q.len() + 1).is_some()
-                && k_start.checked_add(self.len + tile::TILE + 1).is_some(),
+                && k_start.checked_add(self.len + pass::TILE + 1).is_some(),
             "attend: positions from {q_start} or {k_start} overflow"
         );
+        if let Some(layout) = self.layout {
+            assert!(
+                layout.num_heads() == h
+                    && layout.block_size() == self.page_len
+                    && (k_start, self.shape.window) == (0, None),
+                "attend: {layout:?} does not fit {h} heads, pages of {} positions from {k_start} on \
+                 and a window of {:?}",
+                self.page_len,
+                self.shape.window
+            );
+        }
     }
 
     /// Queries: l.

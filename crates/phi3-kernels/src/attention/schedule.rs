@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::AttentionJob;
-use super::tile::{Queries, Sequence};
+use super::pass::{Pass, TILE};
+use super::tile::{Queries, Unit};
+use super::{AttentionJob, sparse};
 use crate::dispatch::Backend;
 use crate::threads;
 
@@ -12,18 +13,14 @@ use crate::threads;
 /// register block.
 const MAX_ROWS: usize = 144;
 
+/// The same where keys are blocks of a sparse layout, whose queries are those of one block: all
+/// heads of a group.
+const MAX_SPARSE_ROWS: usize = 256;
+
 /// Tiles that a piece has at least where a sequence's keys are split between threads.
 const MIN_SPLIT_TILES: usize = 2;
 
-/// The queries of one key/value head that go through its keys together.
-struct Unit<'a> {
-    sequence: Sequence<'a>,
-    head: usize,
-    queries: Range<usize>,
-    tiles: Range<usize>,
-}
-
-/// Where the results of a unit go: `[g, d]` for each query.
+/// Where the results of a unit go: `[heads, d]` for each query.
 type Out<'o> = Vec<&'o mut [f32]>;
 
 /// What one thread does at a time.
@@ -37,37 +34,26 @@ enum Piece<'u, 'o, 'a> {
 pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     let mut units = Vec::new();
     let mut outs: Vec<Out<'_>> = Vec::new();
-    let mut work = 0usize;
     for job in jobs {
-        let sequence = Sequence::new(job);
-        let (queries, kv_heads) = (job.queries(), job.num_kv_heads);
-        let step = (MAX_ROWS / sequence.group).max(1);
+        let d = job.shape.head_dim;
+        let heads = unit_heads(job);
+        let spans = spans(job, heads);
         let first_out = outs.len();
-        let steps = queries.div_ceil(step);
-        for head in 0..kv_heads {
-            for first in (0..queries).step_by(step) {
-                let queries = first..(first + step).min(queries);
-                let tiles = sequence.tiles(queries.clone());
-                let rows = queries.len() * sequence.group;
-                let products = 2 * rows * tiles.len() * super::tile::TILE;
-                work = work.saturating_add(products.saturating_mul(sequence.shape.head_dim));
+        for head in (0..job.num_heads).step_by(heads) {
+            for queries in &spans {
+                units.push(unit(job, head..head + heads, queries.clone()));
                 outs.push(Vec::with_capacity(queries.len()));
-                units.push(Unit {
-                    sequence,
-                    head,
-                    queries,
-                    tiles,
-                });
             }
         }
-        let out = job
-            .out
-            .chunks_exact_mut(sequence.group * sequence.shape.head_dim);
-        for (i, out) in out.enumerate() {
-            let (query, head) = (i / kv_heads, i % kv_heads);
-            outs[first_out + head * steps + query / step].push(out);
+        let (rows, mut span) = (job.num_heads / heads, 0);
+        for (i, out) in job.out.chunks_exact_mut(heads * d).enumerate() {
+            if i / rows == spans[span].end {
+                span += 1;
+            }
+            outs[first_out + i % rows * spans.len() + span].push(out);
         }
     }
+    let work = units.iter().map(Unit::work).fold(0, usize::saturating_add);
 
     // The sums of every tile of a unit that is split, until they are joined.
     let tiles_per_piece = split(&units, work);
@@ -84,10 +70,10 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     for ((unit, out), sums) in units.iter().zip(&mut outs).zip(&mut sums) {
         match tiles_per_piece {
             Some(n) if is_split(unit) => {
-                let firsts = unit.tiles.clone().step_by(n);
+                let firsts = (0..unit.tiles.len()).step_by(n);
                 let sums = sums.chunks_mut(n * unit.sums_len());
                 for (first, sums) in firsts.zip(sums) {
-                    let tiles = first..(first + n).min(unit.tiles.end);
+                    let tiles = first..(first + n).min(unit.tiles.len());
                     pieces.push(Piece::Tiles(unit, tiles, sums));
                 }
             }
@@ -108,6 +94,58 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     }
 }
 
+/// Heads whose queries go together: those of a key/value head or, where they become too many rows,
+/// an equal part of them.
+fn unit_heads(job: &AttentionJob<'_>) -> usize {
+    let Some(layout) = job.layout else {
+        return job.group();
+    };
+    let queries = layout.block_size().min(job.queries());
+    let fits = |heads: &usize| {
+        job.group().is_multiple_of(*heads) && heads.saturating_mul(queries) <= MAX_SPARSE_ROWS
+    };
+    (1..=job.group()).rev().find(fits).unwrap_or(1)
+}
+
+/// The queries of a job in pieces that go together, none of which goes beyond a block of a sparse
+/// layout.
+fn spans(job: &AttentionJob<'_>, heads: usize) -> Vec<Range<usize>> {
+    let rows = job.layout.map_or(MAX_ROWS, |_| MAX_SPARSE_ROWS);
+    let step = (rows / heads).max(1);
+    let mut spans = Vec::new();
+    let mut first = 0;
+    while first < job.queries() {
+        let to_block = |size: usize| size - (job.shape.q_start + first) % size;
+        let block = job.layout.map_or(step, |l| to_block(l.block_size()));
+        let end = job.queries().min(first + step.min(block));
+        spans.push(first..end);
+        first = end;
+    }
+    spans
+}
+
+fn unit<'a>(job: &AttentionJob<'a>, heads: Range<usize>, queries: Range<usize>) -> Unit<'a> {
+    let passes = match job.layout {
+        Some(layout) => sparse::passes(job, layout, heads.clone(), queries.clone()),
+        None => vec![Pass::whole(job, heads.start / job.group(), queries.clone())],
+    };
+    let tiles = passes
+        .iter()
+        .enumerate()
+        .flat_map(|(i, pass)| pass.tiles().map(move |tile| (i, tile)))
+        .collect();
+    Unit {
+        q: job.q,
+        num_heads: job.num_heads,
+        shape: job.shape,
+        heads,
+        queries,
+        heads_first: job.layout.is_some(),
+        passes,
+        tiles,
+    }
+}
+
 /// How many tiles a piece gets where units are too few for the threads: `None` where they are
 /// not.
 fn split(units: &[Unit<'_>], work: usize) -> Option<usize> {
@@ -121,20 +159,20 @@ fn split(units: &[Unit<'_>], work: usize) -> Option<usize> {
 }
 
 impl Unit<'_> {
-    fn sums_len(&self) -> usize {
-        super::tile::sums_len(&self.sequence, &self.queries)
-    }
-
-    fn queries(&self, backend: Backend) -> Queries<'_> {
-        Queries::new(backend, self.sequence, self.head, self.queries.clone())
+    /// Multiply-adds.
+    fn work(&self) -> usize {
+        let tiles = self.tiles.iter();
+        let rows = tiles.map(|(pass, _)| self.passes[*pass].rows.len());
+        let products = 2 * TILE * rows.fold(0, usize::saturating_add);
+        products.saturating_mul(self.shape.head_dim)
     }
 
     /// Joins the sums of all tiles, in order.
     fn join_all(&self, backend: Backend, sums: &[f32], out: &mut Out<'_>) {
-        let queries = self.queries(backend);
-        let mut joined = queries.no_sums();
-        for sums in sums.chunks_exact(self.sums_len()) {
-            queries.join(&mut joined, sums);
+        let queries = Queries::new(backend, self);
+        let mut joined = self.no_sums();
+        for ((pass, _), sums) in self.tiles.iter().zip(sums.chunks_exact(self.sums_len())) {
+            queries.join(*pass, &mut joined, sums);
         }
         queries.finish(&mut joined, out);
     }
@@ -144,20 +182,20 @@ impl Piece<'_, '_, '_> {
     fn run(&mut self, backend: Backend) {
         match self {
             Self::Whole(unit, out) => {
-                let mut queries = unit.queries(backend);
-                let mut joined = queries.no_sums();
+                let mut queries = Queries::new(backend, unit);
+                let mut joined = unit.no_sums();
                 let mut sums = vec![0.0; joined.len()];
-                for tile in unit.tiles.clone() {
-                    queries.tile(tile, &mut sums);
-                    queries.join(&mut joined, &sums);
+                for (pass, tile) in &unit.tiles {
+                    queries.tile(*pass, *tile, &mut sums);
+                    queries.join(*pass, &mut joined, &sums);
                 }
                 queries.finish(&mut joined, out);
             }
             Self::Tiles(unit, tiles, sums) => {
-                let mut queries = unit.queries(backend);
+                let mut queries = Queries::new(backend, unit);
                 let sums = sums.chunks_exact_mut(unit.sums_len());
-                for (tile, sums) in tiles.clone().zip(sums) {
-                    queries.tile(tile, sums);
+                for ((pass, tile), sums) in unit.tiles[tiles.clone()].iter().zip(sums) {
+                    queries.tile(*pass, *tile, sums);
                 }
             }
         }

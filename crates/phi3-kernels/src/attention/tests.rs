@@ -188,12 +188,12 @@ proptest! {
         let kv = if half { Rows::F16(&halves) } else { Rows::F32(&kv) };
         let scores = |backend: Backend, q: &[f32]| {
             let mut out = vec![7.0; q.len() / d * stride];
-            backend.scores(q, kv, d, &mut out, stride);
+            backend.scores(q, &[kv], d, &mut out, stride);
             out
         };
         let sums = |backend: Backend, weights: &[f32], start: &[f32]| {
             let mut acc = start.to_vec();
-            backend.weighted_sum(weights, stride, kv, d, &mut acc);
+            backend.weighted_sum(weights, stride, &[kv], d, &mut acc);
             acc
         };
         let expected_scores = scores(Backend::Scalar, &q);
@@ -245,15 +245,15 @@ proptest! {
         for backend in available() {
             let name = backend.name();
             let mut scores = vec![7.0; rows * stride];
-            backend.scores(&q, kv, d, &mut scores, stride);
+            backend.scores(&q, &[kv], d, &mut scores, stride);
             let mut sums = start.clone();
-            backend.weighted_sum(&weights, stride, kv, d, &mut sums);
+            backend.weighted_sum(&weights, stride, &[kv], d, &mut sums);
             for r in 0..rows {
                 let mut alone = vec![7.0; stride];
-                backend.scores(&q[r * d..][..d], kv, d, &mut alone, stride);
+                backend.scores(&q[r * d..][..d], &[kv], d, &mut alone, stride);
                 prop_assert_eq!(&alone[..], &scores[r * stride..][..stride], "{} row {}", name, r);
                 let mut alone = start[r * d..][..d].to_vec();
-                backend.weighted_sum(&weights[r * stride..], stride, kv, d, &mut alone);
+                backend.weighted_sum(&weights[r * stride..], stride, &[kv], d, &mut alone);
                 prop_assert_eq!(&alone[..], &sums[r * d..][..d], "{} row {}", name, r);
             }
         }

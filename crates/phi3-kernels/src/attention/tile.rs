@@ -1,22 +1,15 @@
-//! One tile of keys for the queries of one key/value head.
+//! One tile of keys for queries that go through them together.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{AttentionJob, AttentionShape, KvPages, Rows, q8_0_row_bytes};
+use super::pass::{Pass, Stored, TILE};
+use super::{AttentionShape, Rows, q8_0_row_bytes};
 use crate::dispatch::Backend;
-
-/// Positions of a tile: softmax is joined at its multiples.
-pub(super) const TILE: usize = 256;
 
 /// Keys that are widened before they are multiplied, where a backend does not read them as they
 /// are.
 const BLOCK: usize = 64;
-
-/// Keys that are multiplied at once where some queries see only some of them.
-const COARSE_PART: usize = 64;
-/// The same where some queries see only some of those.
-const PART: usize = 16;
 
 /// Elements from one row of scores to the next: not a power of two, so that rows do not compete
 /// for the same lines of the cache.
@@ -40,200 +33,95 @@ thread_local! {
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Keys or values as they are stored: those that a backend reads as they are, or Q8_0 rows.
-#[derive(Clone, Copy)]
-enum Stored<'a> {
-    Rows(Rows<'a>),
-    Q8_0(&'a [u8]),
-}
-
-/// An [`AttentionJob`] without its output.
-#[derive(Clone, Copy)]
-pub(super) struct Sequence<'a> {
+/// The queries of some heads of one key/value head that go through its keys together.
+pub(super) struct Unit<'a> {
+    /// `[l, num_heads, d]` of the job.
     pub(super) q: &'a [f32],
-    pages: KvPages<'a>,
-    page_heads: usize,
-    page_len: usize,
-    len: usize,
     pub(super) num_heads: usize,
-    num_kv_heads: usize,
-    pub(super) group: usize,
     pub(super) shape: AttentionShape,
+    pub(super) heads: Range<usize>,
+    pub(super) queries: Range<usize>,
+    /// Whether rows are `[heads, l]` rather than `[l, heads]`.
+    pub(super) heads_first: bool,
+    pub(super) passes: Vec<Pass<'a>>,
+    /// The tiles of all passes, in order: each with the pass that it is of.
+    pub(super) tiles: Vec<(usize, usize)>,
 }
 
-impl<'a> Sequence<'a> {
-    pub(super) fn new(job: &AttentionJob<'a>) -> Self {
-        Self {
-            q: job.q,
-            pages: job.pages,
-            page_heads: job.page_heads,
-            page_len: job.page_len,
-            len: job.len,
-            num_heads: job.num_heads,
-            num_kv_heads: job.num_kv_heads,
-            group: job.group(),
-            shape: job.shape,
+impl Unit<'_> {
+    fn rows(&self) -> usize {
+        self.queries.len() * self.heads.len()
+    }
+
+    /// head_dim, padded.
+    fn width(&self) -> usize {
+        self.shape.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Where the row of a query, the one at `i`, and of a head is.
+    fn row(&self, i: usize, head: usize) -> usize {
+        match self.heads_first {
+            true => head * self.queries.len() + i,
+            false => i * self.heads.len() + head,
         }
     }
 
-    /// The keys of `within` that query `i` sees. A layout in which heads see different blocks
-    /// would ask for the head too: its blocks are not smaller than [`BLOCK`], inside of which
-    /// visible keys must be consecutive.
-    fn visible(&self, i: usize, within: &Range<usize>) -> Range<usize> {
-        let all = self.shape.visible_keys(i, self.len);
-        let end = all.end.min(within.end);
-        all.start.max(within.start).min(end)..end
+    /// Elements of the [`Sums`] of all rows.
+    pub(super) fn sums_len(&self) -> usize {
+        self.rows() * (self.width() + 2)
     }
 
-    /// Those of `queries` that see some of `keys`, and those that see all of them; for a window
-    /// that is not 0. What a later query sees starts and ends no earlier, so these follow one
-    /// another.
-    fn seeing(&self, queries: &Range<usize>, keys: &Range<usize>) -> (Range<usize>, Range<usize>) {
-        let seen = |i: usize| self.shape.visible_keys(i, self.len);
-        let first = |wanted: &dyn Fn(Range<usize>) -> bool| {
-            let (mut start, mut end) = (queries.start, queries.end);
-            while start < end {
-                let middle = start.midpoint(end);
-                if wanted(seen(middle)) {
-                    end = middle;
-                } else {
-                    start = middle + 1;
-                }
-            }
-            start
-        };
-        let some = first(&|seen| seen.end > keys.start)..first(&|seen| seen.start >= keys.end);
-        let all = first(&|seen| seen.end >= keys.end)..first(&|seen| seen.start > keys.start);
-        (some, all)
-    }
-
-    /// The smallest range that holds all keys of `within` that a query of `queries` sees.
-    fn seen(&self, queries: &Range<usize>, within: &Range<usize>) -> Range<usize> {
-        let (some, _) = self.seeing(queries, within);
-        if some.is_empty() || self.shape.window == Some(0) {
-            return 0..0;
-        }
-        self.visible(some.start, within).start..self.visible(some.end - 1, within).end
-    }
-
-    /// The tiles with keys that a query of `queries` sees.
-    pub(super) fn tiles(&self, queries: Range<usize>) -> Range<usize> {
-        let seen = self.seen(&queries, &(0..self.len));
-        if seen.is_empty() {
-            return 0..0;
-        }
-        let k_start = self.shape.k_start;
-        (k_start + seen.start) / TILE..(k_start + seen.end - 1) / TILE + 1
-    }
-
-    /// Cuts `keys` at the multiples of `block` in absolute positions and at page ends.
-    fn blocks(self, keys: Range<usize>, block: usize) -> impl Iterator<Item = Range<usize>> {
-        let mut next = keys.start;
-        std::iter::from_fn(move || {
-            let start = next;
-            let to_block = block - (self.shape.k_start + start) % block;
-            let to_page = self.page_len - start % self.page_len;
-            next = keys.end.min(start + to_block.min(to_page));
-            (start < keys.end).then_some(start..next)
-        })
-    }
-
-    /// Cuts `block` where not all `queries` see all of it: at every 64th key and, if need be, at
-    /// every 16th, so that few products of hidden keys are made.
-    fn parts(self, queries: &Range<usize>, block: &Range<usize>) -> Vec<Range<usize>> {
-        let cut = |range: Range<usize>, step: usize| -> Vec<Range<usize>> {
-            if self.seeing(queries, &range).1 == *queries {
-                return vec![range];
-            }
-            let end = range.end;
-            let firsts = range.step_by(step);
-            firsts.map(|first| first..end.min(first + step)).collect()
-        };
-        let coarse = cut(block.clone(), COARSE_PART);
-        coarse
-            .into_iter()
-            .flat_map(|part| cut(part, PART))
-            .collect()
-    }
-
-    /// The keys of a block, or its values.
-    fn rows(&self, head: usize, block: &Range<usize>, of_keys: bool) -> Stored<'a> {
-        let (row, first) = (block.start / self.page_len, block.start % self.page_len);
-        let page = row * (self.num_kv_heads / self.page_heads) + head / self.page_heads;
-        let start = head % self.page_heads * self.page_len + first;
-        let d = self.shape.head_dim;
-        let rows = match self.pages {
-            KvPages::F32(pages) if of_keys => Rows::F32(pages[page].keys),
-            KvPages::F32(pages) => Rows::F32(pages[page].values),
-            KvPages::F16(pages) if of_keys => Rows::F16(pages[page].keys),
-            KvPages::F16(pages) => Rows::F16(pages[page].values),
-            KvPages::Q8_0(pages) => {
-                let page = &pages[page];
-                let rows = if of_keys { page.keys } else { page.values };
-                let row = q8_0_row_bytes(d);
-                return Stored::Q8_0(&rows[start * row..(start + block.len()) * row]);
-            }
-        };
-        Stored::Rows(rows.part(start, start + block.len(), d))
+    /// Sums of no tile at all.
+    pub(super) fn no_sums(&self) -> Vec<f32> {
+        let mut sums = vec![0.0; self.sums_len()];
+        Sums::split(&mut sums, self.rows(), self.width())
+            .max
+            .fill(f32::NEG_INFINITY);
+        sums
     }
 }
 
-/// The queries `[l, g]` of one key/value head, and memory to work in.
+/// The queries of a unit, and memory to work in.
 pub(super) struct Queries<'a> {
     backend: Backend,
-    sequence: Sequence<'a>,
-    head: usize,
-    queries: Range<usize>,
-    /// Queries times group.
-    rows: usize,
+    unit: &'a Unit<'a>,
     /// head_dim, padded.
     width: usize,
     /// Scaled, `[rows, width]`.
     q: Vec<f32>,
     /// Scores, then weights, `[rows, STRIDE]` or longer.
     scores: Vec<f32>,
-    /// A block of keys or values, widened and padded, `[BLOCK, width]`.
+    /// A block of keys or values, widened and padded, `[BLOCK, width]`; empty where the backend
+    /// reads them as they are.
     wide: Vec<f32>,
 }
 
 impl<'a> Queries<'a> {
-    pub(super) fn new(
-        backend: Backend,
-        sequence: Sequence<'a>,
-        head: usize,
-        queries: Range<usize>,
-    ) -> Self {
-        let (d, group) = (sequence.shape.head_dim, sequence.group);
-        let width = d.next_multiple_of(LANES);
-        let rows = queries.len() * group;
-        let mut q = vec![0.0; rows * width];
+    pub(super) fn new(backend: Backend, unit: &'a Unit<'a>) -> Self {
+        let (d, width, heads) = (unit.shape.head_dim, unit.width(), unit.heads.len());
+        let mut q = vec![0.0; unit.rows() * width];
         let given = |i: usize| {
-            let start = (i * sequence.num_heads + head * group) * d;
-            &sequence.q[start..start + group * d]
+            let start = (i * unit.num_heads + unit.heads.start) * d;
+            &unit.q[start..start + heads * d]
         };
-        for (i, q) in queries.clone().zip(q.chunks_exact_mut(group * width)) {
+        for (i, query) in unit.queries.clone().enumerate() {
             // The next queries lie far away: a row of all heads lies between.
-            if i + AHEAD < queries.end {
-                backend.prefetch(Rows::F32(given(i + AHEAD)));
+            if query + AHEAD < unit.queries.end {
+                backend.prefetch(Rows::F32(given(query + AHEAD)));
             }
-            for (q, given) in q.chunks_exact_mut(width).zip(given(i).chunks_exact(d)) {
+            for (head, given) in given(query).chunks_exact(d).enumerate() {
+                let q = &mut q[unit.row(i, head) * width..][..d];
                 for (q, given) in q.iter_mut().zip(given) {
-                    *q = given * sequence.shape.scale;
+                    *q = given * unit.shape.scale;
                 }
             }
         }
         let mut scores = SCORES.take();
-        scores.resize(scores.len().max(rows * STRIDE), 0.0);
-        let converts = match sequence.pages {
-            KvPages::F32(_) | KvPages::F16(_) => width != d,
-            KvPages::Q8_0(_) => true,
-        };
+        scores.resize(scores.len().max(unit.rows() * STRIDE), 0.0);
+        let converts = unit.passes.iter().any(|pass| pass.is_q8_0()) || width != d;
         Self {
             backend,
-            sequence,
-            head,
-            queries,
-            rows,
+            unit,
             width,
             q,
             scores,
@@ -241,53 +129,46 @@ impl<'a> Queries<'a> {
         }
     }
 
-    /// Attends to the keys of one tile; overwrites `sums`.
-    pub(super) fn tile(&mut self, tile: usize, sums: &mut [f32]) {
-        let (sequence, group, width) = (self.sequence, self.sequence.group, self.width);
-        let sums = Sums::split(sums, self.rows);
+    /// Attends to the keys of one tile of a pass; overwrites `sums`, of the rows of the pass.
+    pub(super) fn tile(&mut self, pass: usize, tile: usize, sums: &mut [f32]) {
+        let (pass, width, backend) = (&self.unit.passes[pass], self.width, self.backend);
+        let (rows, group) = (pass.rows.len(), pass.group);
+        let sums = Sums::split(sums, rows, width);
         sums.acc.fill(0.0);
         sums.max.fill(f32::NEG_INFINITY);
         sums.sum.fill(0.0);
 
-        let k_start = sequence.shape.k_start;
-        let key = |position: usize| position.saturating_sub(k_start).min(sequence.len);
-        let in_tile = key(tile * TILE)..key((tile + 1) * TILE);
-        let seen = sequence.seen(&self.queries, &in_tile);
+        let in_tile = pass.in_tile(tile);
+        let seen = pass.seen(&in_tile);
         if seen.is_empty() {
             return;
         }
-        let column = |key: usize| k_start + key - tile * TILE;
-        let block_len = if self.wide.is_empty() { TILE } else { BLOCK };
-        let first_row = |query: usize| (query - self.queries.start) * group;
+        let column = |key: usize| pass.shape.k_start + key - tile * TILE;
+        let first_row = |query: usize| (query - pass.queries.start) * group;
+        let converts = !self.wide.is_empty();
+        let block_len = if converts { BLOCK } else { TILE };
+        let runs = pass.runs(seen.clone(), block_len, !converts);
+        let q = &self.q[pass.rows.start * width..pass.rows.end * width];
 
-        for block in sequence.blocks(seen.clone(), block_len) {
-            let keys = sequence.rows(self.head, &block, true);
-            let keys = widened(self.backend, keys, &mut self.wide, &sequence, width);
-            for part in sequence.parts(&self.queries, &block) {
-                let (some, _) = sequence.seeing(&self.queries, &part);
-                if some.is_empty() {
-                    continue;
-                }
-                let (first, end) = (first_row(some.start), first_row(some.end));
-                let keys = keys.part(part.start - block.start, part.end - block.start, width);
-                let q = &self.q[first * width..end * width];
-                let scores = &mut self.scores[first * STRIDE + column(part.start)..];
-                self.backend.scores(q, keys, width, scores, STRIDE);
+        for run in &runs {
+            let (some, _) = pass.seeing(run);
+            if some.is_empty() {
+                continue;
             }
+            let keys = stored(backend, pass, run, true, &mut self.wide, width);
+            let (first, end) = (first_row(some.start), first_row(some.end));
+            let scores = &mut self.scores[first * STRIDE + column(run.start)..];
+            backend.scores(&q[first * width..end * width], &keys, width, scores, STRIDE);
         }
 
         // While exponentials are made memory would rest.
-        let streams = self.rows <= STREAMED_ROWS;
+        let streams = rows <= STREAMED_ROWS;
         if streams {
-            self.prefetch(seen.start, false);
+            prefetch(backend, pass, seen.start, false);
         }
-        for (r, scores) in self
-            .scores
-            .chunks_exact_mut(STRIDE)
-            .take(self.rows)
-            .enumerate()
-        {
-            let own = sequence.visible(self.queries.start + r / group, &in_tile);
+        let scores = self.scores.chunks_exact_mut(STRIDE).take(rows);
+        for (r, scores) in scores.enumerate() {
+            let own = pass.visible(pass.queries.start + r / group, &in_tile);
             if own.is_empty() {
                 continue;
             }
@@ -296,92 +177,73 @@ impl<'a> Queries<'a> {
             let (start, end) = (own.start / LANES * LANES, own.end.next_multiple_of(LANES));
             scores[start..own.start].fill(f32::NEG_INFINITY);
             scores[own.end..end].fill(f32::NEG_INFINITY);
-            (sums.max[r], sums.sum[r]) = self.backend.exponentials(&mut scores[start..end]);
+            (sums.max[r], sums.sum[r]) = backend.exponentials(&mut scores[start..end]);
         }
 
-        for block in sequence.blocks(seen.clone(), block_len) {
-            if streams && block.end == seen.end {
-                self.prefetch(seen.end, true);
+        for run in &runs {
+            if streams && run.end == seen.end {
+                prefetch(backend, pass, seen.end, true);
             }
-            let values = sequence.rows(self.head, &block, false);
-            let values = widened(self.backend, values, &mut self.wide, &sequence, width);
-            let mut add = |queries: Range<usize>, keys: Range<usize>| {
-                if queries.is_empty() || keys.is_empty() {
-                    return;
-                }
+            let values = stored(backend, pass, run, false, &mut self.wide, width);
+            let mut add = |queries: Range<usize>, values: &[Rows<'_>], first_key: usize| {
                 let (first, end) = (first_row(queries.start), first_row(queries.end));
-                let weights = &self.scores[first * STRIDE + column(keys.start)..];
-                let values = values.part(keys.start - block.start, keys.end - block.start, width);
+                let weights = &self.scores[first * STRIDE + column(first_key)..];
                 let acc = &mut sums.acc[first * width..end * width];
-                self.backend
-                    .weighted_sum(weights, STRIDE, values, width, acc);
+                backend.weighted_sum(weights, STRIDE, values, width, acc);
             };
-            for part in sequence.parts(&self.queries, &block) {
-                // Queries go together where all of them see the whole part, and alone where they
-                // do not: a weight of 0 would carry over what is not finite.
-                let (some, all) = sequence.seeing(&self.queries, &part);
-                for i in some.filter(|i| !all.contains(i)) {
-                    add(i..i + 1, sequence.visible(i, &part));
-                }
-                add(all, part);
+            // Queries go together where all of them see the whole run, and alone where they do
+            // not: a weight of 0 would carry over what is not finite.
+            let (some, all) = pass.seeing(run);
+            for i in some.filter(|i| !all.contains(i)) {
+                let keys = pass.visible(i, run);
+                // Such a run lies in one block.
+                let values = values
+                    .iter()
+                    .map(|values| values.part(keys.start - run.start, keys.end - run.start, width));
+                let values: Vec<_> = values.collect();
+                add(i..i + 1, &values, keys.start);
+            }
+            if !all.is_empty() {
+                add(all, &values, run.start);
             }
         }
     }
 
-    /// Asks for the keys from position `first` on, or the values, if there are any.
-    fn prefetch(&self, first: usize, of_keys: bool) {
-        let sequence = self.sequence;
-        if let Some(block) = sequence.blocks(first..sequence.len, BLOCK).next() {
-            let rows = first..block.end.min(first + PREFETCH_ROWS);
-            if let Stored::Rows(rows) = sequence.rows(self.head, &rows, of_keys) {
-                self.backend.prefetch(rows);
-            }
-        }
-    }
-
-    /// Joins the sums of a tile to those of the tiles before it.
-    pub(super) fn join(&self, sums: &mut [f32], tile: &[f32]) {
-        let (rows, width) = (self.rows, self.width);
-        let sums = Sums::split(sums, rows);
-        let (tile_acc, rest) = tile.split_at(rows * width);
-        let (tile_max, tile_sum) = rest.split_at(rows);
-        for r in 0..rows {
-            if tile_sum[r] == 0.0 {
+    /// Joins the sums of a tile of a pass to those of the tiles before it.
+    pub(super) fn join(&self, pass: usize, sums: &mut [f32], tile: &[f32]) {
+        let (rows, width) = (&self.unit.passes[pass].rows, self.width);
+        let sums = Sums::split(sums, self.unit.rows(), width);
+        let (tile_acc, rest) = tile.split_at(rows.len() * width);
+        let (tile_max, tile_sum) = rest.split_at(rows.len());
+        for (tile, r) in rows.clone().enumerate() {
+            if tile_sum[tile] == 0.0 {
                 continue;
             }
-            let max = sums.max[r].max(tile_max[r]);
-            let (old, new) = (factor(sums.max[r], max), factor(tile_max[r], max));
+            let max = sums.max[r].max(tile_max[tile]);
+            let (old, new) = (factor(sums.max[r], max), factor(tile_max[tile], max));
             sums.max[r] = max;
-            sums.sum[r] = sums.sum[r] * old + tile_sum[r] * new;
+            sums.sum[r] = sums.sum[r] * old + tile_sum[tile] * new;
             let acc = &mut sums.acc[r * width..][..width];
-            for (acc, tile) in acc.iter_mut().zip(&tile_acc[r * width..]) {
+            for (acc, tile) in acc.iter_mut().zip(&tile_acc[tile * width..]) {
                 *acc = *acc * old + tile * new;
             }
         }
     }
 
-    /// Sums of no tile at all.
-    pub(super) fn no_sums(&self) -> Vec<f32> {
-        let mut sums = vec![0.0; sums_len(&self.sequence, &self.queries)];
-        Sums::split(&mut sums, self.rows)
-            .max
-            .fill(f32::NEG_INFINITY);
-        sums
-    }
-
-    /// Divides by the sum of the weights: `out` is `[g, head_dim]` for each query.
+    /// Divides by the sum of the weights: `out` is `[heads, head_dim]` for each query.
     pub(super) fn finish(&self, sums: &mut [f32], out: &mut [&mut [f32]]) {
-        let sums = Sums::split(sums, self.rows);
-        let d = self.sequence.shape.head_dim;
-        let mut of_rows = sums.acc.chunks_exact(self.width).zip(sums.sum);
+        let (unit, width) = (self.unit, self.width);
+        let sums = Sums::split(sums, unit.rows(), width);
         for i in 0..out.len() {
             if let Some(ahead) = out.get(i + AHEAD) {
                 self.backend.prefetch(Rows::F32(ahead));
             }
-            let out = out[i].chunks_exact_mut(d);
-            for (out, (acc, sum)) in out.zip(&mut of_rows) {
+            let out = out[i].chunks_exact_mut(unit.shape.head_dim);
+            for (head, out) in out.enumerate() {
+                let row = unit.row(i, head);
+                let (acc, sum) = (&sums.acc[row * width..], sums.sum[row]);
                 for (out, acc) in out.iter_mut().zip(acc) {
-                    *out = if *sum == 0.0 { 0.0 } else { acc / *sum };
+                    *out = if sum == 0.0 { 0.0 } else { acc / sum };
                 }
             }
         }
@@ -403,17 +265,12 @@ struct Sums<'a> {
 }
 
 impl<'a> Sums<'a> {
-    fn split(sums: &'a mut [f32], rows: usize) -> Self {
-        let (acc, rest) = sums.split_at_mut(sums.len() - 2 * rows);
+    /// The sums of so many rows, at the start of `sums`.
+    fn split(sums: &'a mut [f32], rows: usize, width: usize) -> Self {
+        let (acc, rest) = sums[..rows * (width + 2)].split_at_mut(rows * width);
         let (max, sum) = rest.split_at_mut(rows);
         Self { acc, max, sum }
     }
-}
-
-/// Elements of [`Sums`].
-pub(super) fn sums_len(sequence: &Sequence<'_>, queries: &Range<usize>) -> usize {
-    let width = sequence.shape.head_dim.next_multiple_of(LANES);
-    queries.len() * sequence.group * (width + 2)
 }
 
 /// `exp(from - to)`, 0 where there was nothing before.
@@ -421,17 +278,50 @@ fn factor(from: f32, to: f32) -> f32 {
     if from == to { 1.0 } else { (from - to).exp() }
 }
 
-/// `rows` as the backend shall have them: as they are, or in `wide` if that has been given room.
+/// The keys of a run, or its values, as the backend shall have them: as they are, by blocks, or in
+/// `wide` if that has been given room.
+fn stored<'r>(
+    backend: Backend,
+    pass: &Pass<'r>,
+    run: &Range<usize>,
+    of_keys: bool,
+    wide: &'r mut [f32],
+    width: usize,
+) -> Vec<Rows<'r>> {
+    let blocks = pass.blocks(run.clone(), if wide.is_empty() { TILE } else { BLOCK });
+    let mut blocks = blocks.map(|block| pass.stored(&block, of_keys));
+    if !wide.is_empty() {
+        // A run of keys that are converted lies in one block.
+        let block = blocks.next();
+        let widened = block.map(|block| widened(backend, block, wide, pass.shape.head_dim, width));
+        return widened.into_iter().collect();
+    }
+    let as_they_are = blocks.filter_map(|block| match block {
+        Stored::Rows(rows) => Some(rows),
+        Stored::Q8_0(_) => None,
+    });
+    as_they_are.collect()
+}
+
+/// Asks for the keys from position `first` on, or the values, if there are any.
+fn prefetch(backend: Backend, pass: &Pass<'_>, first: usize, of_keys: bool) {
+    if let Some(block) = pass.blocks(first..pass.len, BLOCK).next() {
+        let rows = first..block.end.min(first + PREFETCH_ROWS);
+        if let Stored::Rows(rows) = pass.stored(&rows, of_keys) {
+            backend.prefetch(rows);
+        }
+    }
+}
+
+/// Rows as f32 of `width` elements, in `wide`.
 fn widened<'r>(
     backend: Backend,
     stored: Stored<'r>,
     wide: &'r mut [f32],
-    sequence: &Sequence<'_>,
+    d: usize,
     width: usize,
 ) -> Rows<'r> {
-    let d = sequence.shape.head_dim;
     let rows = match stored {
-        Stored::Rows(rows) if wide.is_empty() => return rows,
         Stored::Rows(rows) => rows,
         Stored::Q8_0(rows) => {
             let row = q8_0_row_bytes(d);

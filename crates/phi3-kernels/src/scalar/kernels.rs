@@ -3,7 +3,7 @@
 use super::attention;
 use crate::MatrixRef;
 use crate::activations::Quantized;
-use crate::backend::{Kernels, Rows, Tokens};
+use crate::backend::{Kernels, Rows, Tokens, numbered};
 
 /// Portable Rust, which every processor runs.
 #[derive(Clone, Copy, Debug)]
@@ -48,8 +48,10 @@ impl Kernels for Scalar {
         super::int8_rows(x, w, first_row, out);
     }
 
-    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
-        attention::scores(q, keys, d, out, stride);
+    fn scores(&self, q: &[f32], keys: &[Rows<'_>], d: usize, out: &mut [f32], stride: usize) {
+        for (first, keys) in numbered(keys, d) {
+            attention::scores(q, keys, d, &mut out[first..], stride);
+        }
     }
 
     fn exponentials(&self, scores: &mut [f32]) -> (f32, f32) {
@@ -60,11 +62,13 @@ impl Kernels for Scalar {
         &self,
         weights: &[f32],
         stride: usize,
-        values: Rows<'_>,
+        values: &[Rows<'_>],
         d: usize,
         acc: &mut [f32],
     ) {
-        attention::weighted_sum(weights, stride, values, d, acc);
+        for (first, values) in numbered(values, d) {
+            attention::weighted_sum(&weights[first..], stride, values, d, acc);
+        }
     }
 
     fn prefetch(&self, _: Rows<'_>) {}

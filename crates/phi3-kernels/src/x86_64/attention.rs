@@ -7,7 +7,7 @@ use std::mem::transmute;
 use super::tile::{self, Element, LANES, store_lanes};
 use super::vector::{load_f32, store_f32};
 use super::{Avx2, many};
-use crate::backend::Rows;
+use crate::backend::{Rows, numbered};
 use crate::scalar::attention as scalar;
 
 /// Rows from which on keys and values are laid out anew for all of them.
@@ -21,7 +21,7 @@ impl Avx2 {
     pub(crate) fn scores(
         self,
         q: &[f32],
-        keys: Rows<'_>,
+        keys: &[Rows<'_>],
         d: usize,
         out: &mut [f32],
         stride: usize,
@@ -29,11 +29,19 @@ impl Avx2 {
         let few = q.len() < MANY_ROWS * d;
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe {
-            match keys {
-                Rows::F32(keys) if few => scores(q, keys, d, out, stride),
-                Rows::F16(keys) if few => scores(q, keys, d, out, stride),
-                Rows::F32(keys) => many::scores(q, keys, d, out, stride),
-                Rows::F16(keys) => many::scores(q, keys, d, out, stride),
+            match keys.first() {
+                None => {}
+                Some(Rows::F32(_)) if !few => many::scores::<f32>(q, keys, d, out, stride),
+                Some(Rows::F16(_)) if !few => many::scores::<u16>(q, keys, d, out, stride),
+                Some(_) => {
+                    for (first, keys) in numbered(keys, d) {
+                        let out = &mut out[first..];
+                        match keys {
+                            Rows::F32(keys) => scores(q, keys, d, out, stride),
+                            Rows::F16(keys) => scores(q, keys, d, out, stride),
+                        }
+                    }
+                }
             }
         }
     }
@@ -47,18 +55,30 @@ impl Avx2 {
         self,
         weights: &[f32],
         stride: usize,
-        values: Rows<'_>,
+        values: &[Rows<'_>],
         d: usize,
         acc: &mut [f32],
     ) {
         let few = acc.len() < MANY_ROWS * d;
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe {
-            match values {
-                Rows::F32(values) if few => weighted_sum(weights, stride, values, d, acc),
-                Rows::F16(values) if few => weighted_sum(weights, stride, values, d, acc),
-                Rows::F32(values) => many::weighted_sum(weights, stride, values, d, acc),
-                Rows::F16(values) => many::weighted_sum(weights, stride, values, d, acc),
+            match values.first() {
+                None => {}
+                Some(Rows::F32(_)) if !few => {
+                    many::weighted_sum::<f32>(weights, stride, values, d, acc);
+                }
+                Some(Rows::F16(_)) if !few => {
+                    many::weighted_sum::<u16>(weights, stride, values, d, acc);
+                }
+                Some(_) => {
+                    for (first, values) in numbered(values, d) {
+                        let weights = &weights[first..];
+                        match values {
+                            Rows::F32(values) => weighted_sum(weights, stride, values, d, acc),
+                            Rows::F16(values) => weighted_sum(weights, stride, values, d, acc),
+                        }
+                    }
+                }
             }
         }
     }
@@ -146,7 +166,7 @@ fn dots<E: Element, const R: usize>(q: &[f32], keys: &[E], d: usize, j: usize) -
 
 /// Asks for `count` elements from the one at `first` behind `base` on, wherever that is.
 #[inline(always)]
-fn prefetch<E>(base: *const E, first: usize, count: usize) {
+pub(super) fn prefetch<E>(base: *const E, first: usize, count: usize) {
     let line = 64 / size_of::<E>();
     for i in 0..count / line {
         let address = base.wrapping_add(first + i * line);

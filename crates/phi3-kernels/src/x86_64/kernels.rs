@@ -45,7 +45,7 @@ impl Kernels for Avx2 {
         Avx2::int8_rows(*self, x, w, first_row, out);
     }
 
-    fn scores(&self, q: &[f32], keys: Rows<'_>, d: usize, out: &mut [f32], stride: usize) {
+    fn scores(&self, q: &[f32], keys: &[Rows<'_>], d: usize, out: &mut [f32], stride: usize) {
         Avx2::scores(*self, q, keys, d, out, stride);
     }
 
@@ -57,7 +57,7 @@ impl Kernels for Avx2 {
         &self,
         weights: &[f32],
         stride: usize,
-        values: Rows<'_>,
+        values: &[Rows<'_>],
         d: usize,
         acc: &mut [f32],
     ) {

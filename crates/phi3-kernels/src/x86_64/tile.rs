@@ -5,6 +5,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::backend::Rows;
+
 use super::vector::{from_f16, halves_f16, load_f32, store_f32, transpose};
 
 /// Lanes of a vector of f32.
@@ -20,6 +22,9 @@ pub(super) type Eights<'a, E> = [&'a [[E; LANES]]; 2 * LANES];
 pub(super) trait Element: Copy {
     /// An element of each of sixteen rows.
     type Column: Copy;
+
+    /// Rows of this type; none where they are of the other.
+    fn of(rows: Rows<'_>) -> &[Self];
 
     /// Eight elements as f32.
     ///
@@ -43,6 +48,13 @@ pub(super) trait Element: Copy {
 impl Element for f32 {
     type Column = [__m256; 2];
 
+    fn of(rows: Rows<'_>) -> &[Self] {
+        match rows {
+            Rows::F32(rows) => rows,
+            Rows::F16(_) => &[],
+        }
+    }
+
     #[inline(always)]
     unsafe fn load(eight: &[Self; LANES]) -> __m256 {
         // SAFETY: the caller vouches for the instructions.
@@ -63,6 +75,13 @@ impl Element for f32 {
 
 impl Element for u16 {
     type Column = __m256i;
+
+    fn of(rows: Rows<'_>) -> &[Self] {
+        match rows {
+            Rows::F16(rows) => rows,
+            Rows::F32(_) => &[],
+        }
+    }
 
     #[inline(always)]
     unsafe fn load(eight: &[Self; LANES]) -> __m256 {
@@ -217,9 +236,20 @@ pub(super) fn store_lanes(row: &mut [f32], count: usize, [low, high]: [__m256; 2
     row[..count].copy_from_slice(&lanes.as_flattened()[..count]);
 }
 
+/// Tiles of `n` rows.
+pub(super) fn count(n: usize) -> usize {
+    n.div_ceil(ROWS)
+}
+
 /// Where `n` rows are cut into the fewest tiles, of nearly the same size: the first rows of them
 /// and, last, `n`.
 pub(super) fn cuts(n: usize) -> impl Iterator<Item = (usize, usize)> {
-    let tiles = n.div_ceil(ROWS);
+    let tiles = count(n);
     (0..tiles).map(move |i| (i * n / tiles, (i + 1) * n / tiles))
+}
+
+/// The sixteen elements of `row` from `first` on, if there are so many.
+#[inline(always)]
+pub(super) fn lanes_mut(row: &mut [f32], first: usize) -> Option<&mut [[f32; LANES]; 2]> {
+    row.get_mut(first..)?.as_chunks_mut().0.first_chunk_mut()
 }
