@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! cargo run --release -p phi3-kernels --example speed -- Q4_0,Q4_K 1,4,16,32,512
+//! cargo run --release -p phi3-kernels --example speed -- BF16 577 3072x1024,1024x1024,4096x1024,1024x4096
 //! ```
 //!
-//! Random weights of a few layers, more than the caches hold, are multiplied one matrix after
-//! another. `token/s` is what all 32 layers and the head would give, from the median of several
-//! runs; memory bandwidth is measured between the runs. On a machine that does other things, too,
+//! The second form names the matrices of a layer, rows by columns: here those of CLIP's image tower, whose
+//! crops are 577 tokens. Random weights of a few layers, more than the caches hold, are multiplied one matrix after
+//! another. `token/s` is what all 32 layers and phi-3-mini's head would give (of named matrices: the
+//! layers alone), from the median of several runs; memory bandwidth is measured between the runs. On a machine that does other things, too,
 //! the figures by processor time say more.
 #![expect(clippy::print_stdout, reason = "a program that prints a table")]
 
@@ -31,18 +33,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let types = args.next().unwrap_or_else(|| "Q4_0,Q8_0,Q4_K,Q6_K".into());
     let counts = args.next().unwrap_or_else(|| "1,4,16,32,512".into());
+    let (layer, head) = match args.next() {
+        Some(named) => (shapes(&named)?, (0, 0)),
+        None => (LAYER.to_vec(), HEAD),
+    };
+    let widest_row = layer.iter().map(|m| m.1).max().unwrap_or(0);
+    let most_rows = layer.iter().map(|m| m.0).max().unwrap_or(0);
     println!("{} on {} threads", backend_name(), num_threads());
     for block_type in types.split(',') {
         let block_type: BlockType = block_type.parse()?;
-        let layer_bytes: usize = LAYER
+        let layer_bytes: usize = layer
             .iter()
             .map(|(rows, cols)| rows * block_type.row_bytes(*cols).unwrap_or(0))
             .sum();
-        let layers = MIN_BYTES.div_ceil(layer_bytes);
-        let matrices: Vec<(usize, usize, Vec<u8>)> = LAYER
+        let layers = MIN_BYTES.div_ceil(layer_bytes.max(1));
+        let matrices: Vec<(usize, usize, Vec<u8>)> = layer
             .iter()
             .cycle()
-            .take(LAYER.len() * layers)
+            .take(layer.len() * layers)
             .enumerate()
             .map(|(i, &(rows, cols))| {
                 let bytes = testing::random_matrix(block_type, rows, cols, i as u64);
@@ -52,17 +60,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let weights: usize = matrices.iter().map(|m| m.0 * m.1).sum();
         let bytes: usize = matrices.iter().map(|m| m.2.len()).sum();
         // What these layers stand for.
-        let layer_weights: usize = LAYER.iter().map(|m| m.0 * m.1).sum();
-        let whole = (LAYERS * layer_weights + HEAD.0 * HEAD.1) as f64 / weights as f64;
+        let layer_weights: usize = layer.iter().map(|m| m.0 * m.1).sum();
+        let whole = (LAYERS * layer_weights + head.0 * head.1) as f64 / weights as f64;
 
         for n in counts.split(',') {
             let n: usize = n.parse()?;
             let repeat = if n > 64 { 3 } else { REPEAT };
             let (mut seconds, mut bandwidths, mut busy) = (Vec::new(), Vec::new(), Vec::new());
-            let x = Random(1).units(n * 8192);
+            let x = Random(1).units(n * widest_row);
             for _ in 0..repeat {
                 bandwidths.push(read_bandwidth(&matrices));
-                let mut out = vec![0.0; n * 16384];
+                let mut out = vec![0.0; n * most_rows];
                 let (start, busy_before) = (Instant::now(), processor_seconds());
                 parallel(|| {
                     for (rows, cols, bytes) in &matrices {
@@ -92,6 +100,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     Ok(())
+}
+
+/// `ROWSxCOLUMNS,…`
+fn shapes(named: &str) -> Result<Vec<(usize, usize)>, Box<dyn std::error::Error>> {
+    let shape = |one: &str| -> Result<_, Box<dyn std::error::Error>> {
+        let (rows, cols) = one.split_once('x').ok_or("a matrix is ROWSxCOLUMNS")?;
+        Ok((rows.parse()?, cols.parse()?))
+    };
+    named.split(',').map(shape).collect()
 }
 
 /// Time that the threads of this process have run, which other processes' use of the cores

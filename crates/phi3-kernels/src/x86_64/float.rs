@@ -19,6 +19,7 @@ use std::arch::x86_64::*;
 
 use super::avx2::decode;
 use super::narrow;
+use super::tile::{self, Lanes};
 use super::vector::{from_f16, load, load_f32, prefetch, store_f32, transpose};
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
@@ -31,18 +32,14 @@ const PANEL_ROWS: usize = 16;
 /// cache beside the chunk.
 const PANELS: usize = 8;
 /// Tokens of a tile.
-const TILE: usize = 6;
-/// Columns that a step of the innermost loop takes.
-const STEP: usize = 4;
+const TILE: usize = tile::ROWS;
 /// Tiles of a chunk: 72 KiB of a block of columns.
 const CHUNK: usize = 12;
 /// Tokens up to which weights are better read in one stream, a panel at a time.
 const FEW_TOKENS: usize = 6;
 
-/// Weights `[column][row]` of a block.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Panel([[[f32; 8]; 2]; BLOCK]);
+/// Weights of a block, a row to a lane.
+type Panel = [Lanes; BLOCK];
 
 /// `out[t][i] = x[t] · w[first_row + i]`.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -128,7 +125,7 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
     let panels = panels.min(rows.div_ceil(PANEL_ROWS));
     let mut turned = match n {
         1 => Vec::new(),
-        _ => vec![Panel([[[0.0; 8]; 2]; BLOCK]); panels],
+        _ => vec![[Lanes::ZERO; BLOCK]; panels],
     };
     let mut decoded = Decoded::<E, BYTES>::new(w);
     for start in (0..rows).step_by(panels * PANEL_ROWS) {
@@ -155,14 +152,14 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
                         one_token::<E, BYTES>(&weights, ahead, x)
                     }
                 };
-                add(&sums, first_col == 0, &mut out[start..end]);
+                add(sums, first_col == 0, &mut out[start..end]);
                 continue;
             }
             for (i, panel) in turned.iter_mut().enumerate() {
                 let start = start + i * PANEL_ROWS;
                 if start < end {
                     let (first, rows) = (first_row + start, PANEL_ROWS.min(end - start));
-                    if narrow::turn(w, first, rows, cols.clone(), &mut panel.0).is_none() {
+                    if narrow::turn(w, first, rows, cols.clone(), panel).is_none() {
                         let weights = decoded.rows(w, first, rows, cols.clone());
                         turn::<E, BYTES>(&weights, ahead, panel);
                     }
@@ -178,7 +175,7 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
                     if rows.is_empty() {
                         break;
                     }
-                    let panel = &panel.0[..cols.len()];
+                    let panel = &panel[..cols.len()];
                     for i in chunk..tiles.min(chunk + CHUNK) {
                         // Tiles of nearly the same size.
                         let tokens = i * n / tiles..(i + 1) * n / tiles;
@@ -186,11 +183,7 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
                         for out in out.iter() {
                             ask_for(&out[rows.clone()]);
                         }
-                        let mut sums = [[[0.0; 8]; 2]; TILE];
-                        tile(panel, x, &mut sums);
-                        for (out, sums) in out.iter_mut().zip(&sums) {
-                            add(sums, first_col == 0, &mut out[rows.clone()]);
-                        }
+                        add_tile(panel, x, first_col == 0, out, rows.clone());
                     }
                 }
             }
@@ -214,10 +207,9 @@ fn ask_for(numbers: &[f32]) {
 /// Adds a block's sums of up to sixteen rows to `out`; `first`: overwrites it.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add(sums: &[[f32; 8]; 2], first: bool, out: &mut [f32]) {
+fn add(sums: [__m256; 2], first: bool, out: &mut [f32]) {
     if let ([low, high], []) = out.as_chunks_mut::<8>() {
         for (out, sums) in [low, high].into_iter().zip(sums) {
-            let sums = load_f32(sums);
             let before = load_f32(out);
             *out = store_f32(if first {
                 sums
@@ -227,6 +219,7 @@ fn add(sums: &[[f32; 8]; 2], first: bool, out: &mut [f32]) {
         }
         return;
     }
+    let sums = [store_f32(sums[0]), store_f32(sums[1])];
     for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
         *out = if first { *sum } else { *out + sum };
     }
@@ -345,13 +338,13 @@ fn turn<E: Eight<BYTES>, const BYTES: usize>(
     for row in &mut rows {
         *row = &row[..eights];
     }
-    let panel = panel.0.as_chunks_mut::<8>().0;
+    let panel = panel.as_chunks_mut::<8>().0;
     for c in 0..eights {
         look_ahead(&rows, c, ahead);
         for half in 0..2 {
             let columns = eight::<E, BYTES>(&rows, half, c);
             for i in 0..8 {
-                panel[c][i][half] = store_f32(columns[i]);
+                panel[c][i].0[half] = store_f32(columns[i]);
             }
         }
     }
@@ -363,7 +356,7 @@ fn one_token<E: Eight<BYTES>, const BYTES: usize>(
     rows: &Rows<'_, BYTES>,
     ahead: usize,
     x: &[f32],
-) -> [[f32; 8]; 2] {
+) -> [__m256; 2] {
     let (x, tail) = x.as_chunks::<8>();
     let mut rows = *rows;
     for row in &mut rows {
@@ -387,58 +380,45 @@ fn one_token<E: Eight<BYTES>, const BYTES: usize>(
             }
         }
     }
-    [store_f32(sums[0]), store_f32(sums[1])]
+    sums
 }
 
-/// A block of up to six tokens.
+/// Adds the products of a panel with up to six tokens to `rows` of their outputs; `first`: overwrites
+/// them.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn tile(panel: &[[[f32; 8]; 2]], x: &[[f32; BLOCK]], out: &mut [[[f32; 8]; 2]; TILE]) {
-    if let Ok(x) = x.try_into() {
-        tile_sums::<6>(panel, x, out);
-    } else if let Ok(x) = x.try_into() {
-        tile_sums::<5>(panel, x, out);
-    } else if let Ok(x) = x.try_into() {
-        tile_sums::<4>(panel, x, out);
-    } else if let Ok(x) = x.try_into() {
-        tile_sums::<3>(panel, x, out);
-    } else if let Ok(x) = x.try_into() {
-        tile_sums::<2>(panel, x, out);
-    } else if let Ok(x) = x.try_into() {
-        tile_sums::<1>(panel, x, out);
+fn add_tile(
+    panel: &[Lanes],
+    x: &[[f32; BLOCK]],
+    first: bool,
+    out: &mut [&mut [f32]],
+    rows: std::ops::Range<usize>,
+) {
+    match x.len() {
+        6 => add_tokens::<6>(panel, x, first, out, rows),
+        5 => add_tokens::<5>(panel, x, first, out, rows),
+        4 => add_tokens::<4>(panel, x, first, out, rows),
+        3 => add_tokens::<3>(panel, x, first, out, rows),
+        2 => add_tokens::<2>(panel, x, first, out, rows),
+        _ => add_tokens::<1>(panel, x, first, out, rows),
     }
 }
 
-/// A block of `T` tokens. Several columns are written out one after another: beside another thread on
-/// the same core, which takes half of the instructions that it can begin, a loop of one column is a
-/// third slower.
+/// [`add_tile`] of `T` tokens.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile_sums<const T: usize>(
-    panel: &[[[f32; 8]; 2]],
-    x: &[[f32; BLOCK]; T],
-    out: &mut [[[f32; 8]; 2]; TILE],
+fn add_tokens<const T: usize>(
+    panel: &[Lanes],
+    x: &[[f32; BLOCK]],
+    first: bool,
+    out: &mut [&mut [f32]],
+    rows: std::ops::Range<usize>,
 ) {
-    let mut sums = [[_mm256_setzero_ps(); 2]; T];
-    let (steps, tail) = panel.as_chunks::<STEP>();
-    let count = steps.len().min(BLOCK / STEP);
-    for s in 0..count {
-        for i in 0..STEP {
-            let w = [load_f32(&steps[s][i][0]), load_f32(&steps[s][i][1])];
-            for t in 0..T {
-                let x = _mm256_set1_ps(x[t].as_chunks::<STEP>().0[s][i]);
-                sums[t][0] = _mm256_fmadd_ps(w[0], x, sums[t][0]);
-                sums[t][1] = _mm256_fmadd_ps(w[1], x, sums[t][1]);
-            }
-        }
-    }
-    for (c, w) in (count * STEP..).zip(tail) {
-        for t in 0..T {
-            let x = _mm256_set1_ps(x[t][c]);
-            sums[t][0] = _mm256_fmadd_ps(load_f32(&w[0]), x, sums[t][0]);
-            sums[t][1] = _mm256_fmadd_ps(load_f32(&w[1]), x, sums[t][1]);
-        }
-    }
+    let mut tokens = [&[][..]; T];
     for t in 0..T {
-        out[t] = [store_f32(sums[t][0]), store_f32(sums[t][1])];
+        tokens[t] = &x[t];
+    }
+    let sums = tile::multiply(panel, tokens, tile::zeros());
+    for t in 0..T {
+        add(sums[t], first, &mut out[t][rows.clone()]);
     }
 }

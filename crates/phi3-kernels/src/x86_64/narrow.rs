@@ -1,16 +1,12 @@
 //! Blocks of 32 quantized weights with f32 activations, which narrow models keep: decoded where they
 //! are already turned, a row to a lane.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index into several arrays; closures in iterators would lose the target features"
-)]
-
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::blocks::{self, columns, eight_factors, has_minimum, is_signed, offset_shift};
 use super::panel::PanelRows;
+use super::tile::Lanes;
 use super::vector::store_f32;
 use crate::{BlockType, MatrixRef};
 
@@ -42,7 +38,7 @@ pub(super) fn turn(
     first: usize,
     rows: usize,
     cols: Range<usize>,
-    panel: &mut [[[f32; 8]; 2]],
+    panel: &mut [Lanes],
 ) -> Option<()> {
     with_blocks_of_32!(w, turn_blocks, first, rows, cols, panel)
 }
@@ -56,7 +52,7 @@ pub(super) fn one_token(
     rows: usize,
     cols: Range<usize>,
     x: &[f32],
-) -> Option<[[f32; 8]; 2]> {
+) -> Option<[__m256; 2]> {
     with_blocks_of_32!(w, one_token_blocks, first, rows, cols, x)
 }
 
@@ -66,7 +62,7 @@ fn turn_blocks<const ID: u32, const BYTES: usize>(
     first: usize,
     rows: usize,
     cols: Range<usize>,
-    panel: &mut [[[f32; 8]; 2]],
+    panel: &mut [Lanes],
 ) {
     let rows = PanelRows::<BYTES>::new(w, first, rows);
     let panel = panel.as_chunks_mut::<32>().0;
@@ -75,7 +71,7 @@ fn turn_blocks<const ID: u32, const BYTES: usize>(
             let weights = Eight::new::<ID, BYTES>(&rows, half, block);
             for i in 0..8 {
                 for k in 0..4 {
-                    panel[4 * i + k][half] = store_f32(weights.column::<ID>(i, k));
+                    panel[4 * i + k].0[half] = store_f32(weights.column::<ID>(i, k));
                 }
             }
         }
@@ -89,7 +85,7 @@ fn one_token_blocks<const ID: u32, const BYTES: usize>(
     rows: usize,
     cols: Range<usize>,
     x: &[f32],
-) -> [[f32; 8]; 2] {
+) -> [__m256; 2] {
     let rows = PanelRows::<BYTES>::new(w, first, rows);
     let x = x.as_chunks::<32>().0;
     let mut sums = [_mm256_setzero_ps(); 2];
@@ -108,7 +104,7 @@ fn one_token_blocks<const ID: u32, const BYTES: usize>(
             }
         }
     }
-    [store_f32(sums[0]), store_f32(sums[1])]
+    sums
 }
 
 /// A block of eight rows.
