@@ -92,6 +92,11 @@ pub(crate) trait Kernels: Debug + Send + Sync {
         self.base().matmul_rows(x, w, first_row, out);
     }
 
+    /// `x * sigmoid(1.702 x)` of each element.
+    fn quick_gelu(&self, x: &mut [f32]) {
+        self.base().quick_gelu(x);
+    }
+
     /// Rounds groups of `group` activations to eight bits: [`scalar::quantize`](crate::scalar).
     fn quantize(
         &self,

@@ -36,6 +36,7 @@ mod block;
 mod block_sparse;
 mod dispatch;
 mod environment;
+mod finish;
 #[cfg(test)]
 mod int8_tests;
 mod ops;
@@ -64,9 +65,10 @@ pub use attention::{
 pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use block_sparse::BlockSparseLayout;
 pub use environment::{EnvironmentError, check_environment};
+pub use finish::{Finish, finish_rows};
 pub use ops::{
-    add, add_to_rows, argmax, dequantize, gather_rows, gegelu, layer_norm, linear, matmul,
-    quick_gelu, rms_norm, rope, silu_mul,
+    add, argmax, dequantize, gather_rows, gegelu, layer_norm, linear, matmul, quick_gelu, rms_norm,
+    rope, silu_mul,
 };
 pub use probe::{InstructionSet, Probe, probe};
 pub use products::{Product, combine_rows, linear_all};

@@ -282,8 +282,10 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [
 pub fn quick_gelu(x: &[f32], out: &mut [f32]) {
     check_rows("quick_gelu: x", x.len(), 1, out.len());
     let work = out.len().saturating_mul(EXP_WORK);
+    let backend = dispatch::backend();
     threads::for_each_part(out, 1, work, |first, out| {
-        scalar::quick_gelu_row(&x[first..][..out.len()], out);
+        out.copy_from_slice(&x[first..][..out.len()]);
+        backend.quick_gelu(out);
     });
 }
 
@@ -298,23 +300,6 @@ pub fn add(x: &[f32], y: &[f32], out: &mut [f32]) {
         let both = x[first..].iter().zip(&y[first..]);
         for (out, (x, y)) in out.iter_mut().zip(both) {
             *out = x + y;
-        }
-    });
-}
-
-/// Adds `bias` to every row of `x`, `[n, bias.len()]`.
-///
-/// # Panics
-/// When `x` is not a whole number of rows.
-pub fn add_to_rows(x: &mut [f32], bias: &[f32]) {
-    let width = bias.len();
-    check_rows("add_to_rows: x", x.len(), width, x.len() / width.max(1));
-    let work = x.len();
-    threads::for_each_part(x, width, work, |_, x| {
-        for row in x.chunks_exact_mut(width) {
-            for (x, bias) in row.iter_mut().zip(bias) {
-                *x += bias;
-            }
         }
     });
 }
@@ -415,6 +400,7 @@ fn check_rows(what: &str, found: usize, width: usize, n: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Finish, finish_rows};
 
     #[test]
     fn argmax_takes_the_first_of_equals_and_never_nan() {
@@ -456,10 +442,10 @@ mod tests {
             &mut out,
         );
         assert_eq!(out, [-1.0, 7.0, 0.0, 5.0]);
-        add_to_rows(&mut out, &[1.0, -5.0]);
+        finish_rows(&mut out, 2, Some(&[1.0, -5.0]), Finish::Nothing);
         assert_eq!(out, [0.0, 2.0, 1.0, 0.0]);
         layer_norm(&[], &[], &[], 1e-5, &mut []);
-        add_to_rows(&mut [], &[]);
+        finish_rows(&mut [], 0, Some(&[]), Finish::Nothing);
     }
 
     #[test]

@@ -122,9 +122,9 @@ fn sum(x: &[f32]) -> f32 {
 
 /// `x * sigmoid(1.702 x)`.
 #[inline(always)]
-pub(crate) fn quick_gelu_row(x: &[f32], out: &mut [f32]) {
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = x / (1.0 + exp(-1.702 * x));
+pub(crate) fn quick_gelu(x: &mut [f32]) {
+    for x in x {
+        *x /= 1.0 + exp(-1.702 * *x);
     }
 }
 

@@ -22,10 +22,11 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
-use phi3_kernels::{Activations, BlockType, MatrixRef};
+use phi3_kernels::{Activations, BlockType, Finish, MatrixRef};
 
 use crate::error::{Error, Result};
 use crate::host;
+use crate::mlp::quick_gelu;
 use crate::weights::{Backend, StoredTensor, TensorPart, Weights};
 
 /// A linear layer.
@@ -155,6 +156,33 @@ impl Linear {
     /// # Errors
     /// [`Error::Candle`] if the shapes do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_and(x, After::Nothing)
+    }
+
+    /// [`quick_gelu`] of [`Linear::forward`], without a copy between them.
+    ///
+    /// # Errors
+    /// As [`Linear::forward`].
+    pub fn forward_quick_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_and(x, After::QuickGelu)
+    }
+
+    /// `residual` `[n, out]` plus [`Linear::forward`], without a copy between them.
+    ///
+    /// # Errors
+    /// As [`Linear::forward`]; [`Error::Batch`] if the residual has another shape.
+    pub fn forward_plus(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let (rows, shape) = (x.dims2()?.0, residual.dims());
+        if shape != [rows, self.out_features] {
+            return Err(Error::Batch(format!(
+                "layer `{}` gives {rows} rows of {}, to be added to {shape:?}",
+                self.name, self.out_features
+            )));
+        }
+        self.forward_and(x, After::Plus(residual))
+    }
+
+    fn forward_and(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
         let (rows, columns) = x.dims2()?;
         if columns != self.in_features {
             return Err(Error::Batch(format!(
@@ -165,9 +193,12 @@ impl Linear {
         let y = match &self.weight {
             Weight::Stored(stored) => {
                 let mut y = host::with_f32(x, |x| stored_matmul(&self.name, x, rows, stored))??;
-                if let Some(bias) = &self.bias {
-                    host::with_f32(bias, |bias| phi3_kernels::add_to_rows(&mut y, bias))?;
-                }
+                match &self.bias {
+                    Some(bias) => host::with_f32(bias, |bias| {
+                        after.finish(&mut y, self.out_features, Some(bias))
+                    })?,
+                    None => after.finish(&mut y, self.out_features, None),
+                }?;
                 return Ok(Tensor::from_vec(y, (rows, self.out_features), x.device())?);
             }
             Weight::Device(matrices) => {
@@ -178,10 +209,36 @@ impl Linear {
                 }
             }
         };
-        match &self.bias {
-            Some(bias) => Ok(y.broadcast_add(bias)?),
-            None => Ok(y),
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        match after {
+            After::Nothing => Ok(y),
+            After::QuickGelu => quick_gelu(&y),
+            After::Plus(residual) => Ok((residual + y)?),
         }
+    }
+}
+
+/// What follows the bias.
+#[derive(Clone, Copy)]
+enum After<'a> {
+    Nothing,
+    QuickGelu,
+    Plus(&'a Tensor),
+}
+
+impl After<'_> {
+    /// The bias, if there is one, and what follows it, on rows of `width`.
+    fn finish(self, y: &mut [f32], width: usize, bias: Option<&[f32]>) -> Result<()> {
+        let mut finish = |how: Finish<'_>| phi3_kernels::finish_rows(y, width, bias, how);
+        match self {
+            Self::Nothing => finish(Finish::Nothing),
+            Self::QuickGelu => finish(Finish::QuickGelu),
+            Self::Plus(terms) => return host::with_f32(terms, |x| finish(Finish::Add(x))),
+        }
+        Ok(())
     }
 }
 
@@ -314,6 +371,35 @@ mod tests {
                 .err()
                 .map(|e| e.to_string());
             assert!(wrong.is_some_and(|e| e.contains("a.weight") && e.contains("[3, 5]")));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_follows_a_layer_is_the_same_in_one_pass() -> Result<()> {
+        let mut source = MemorySource::new();
+        let values: Vec<f32> = (0..12).map(|v| v as f32 / 8.0 - 0.7).collect(); // [3, 4]
+        for (name, shape, values) in [
+            ("weight", vec![3, 4], &values[..]),
+            ("bias", vec![3], &[1.0, -2.0, 3.0]),
+        ] {
+            let stored = StoredTensor::new(shape, BlockType::F32, f32_bytes(values));
+            source.insert(format!("a.{name}"), stored.map_err(Error::config)?);
+        }
+        let weights = Weights::new(Arc::new(source), Device::Cpu, DType::F32);
+        let x = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu)?;
+        let residual = Tensor::randn(0f32, 1.0, (5, 3), &Device::Cpu)?;
+        for weights in [weights.clone(), weights.with_candle_operations()] {
+            for bias in [true, false] {
+                let layer = Linear::load(weights.pp("a"), 4, 3, bias)?;
+                let y = layer.forward(&x)?;
+                let equal = |a: Tensor, b: Tensor| -> Result<bool> {
+                    Ok(a.to_vec2::<f32>()? == b.to_vec2::<f32>()?)
+                };
+                assert!(equal(layer.forward_quick_gelu(&x)?, quick_gelu(&y)?)?);
+                assert!(equal(layer.forward_plus(&x, &residual)?, (&residual + y)?)?);
+                assert!(layer.forward_plus(&x, &x).is_err());
+            }
         }
         Ok(())
     }

@@ -2,9 +2,7 @@
 //! the hidden state that is the feature. What comes behind that is not computed, nor loaded.
 
 use candle_core::{Device, Tensor};
-use phi3_nn::{
-    Error, LayerNorm, Linear, Result, StoredTensor, Weights, full_attention, in_lanes, quick_gelu,
-};
+use phi3_nn::{Error, LayerNorm, Linear, Result, StoredTensor, Weights, full_attention, in_lanes};
 
 use crate::config::VisionConfig;
 use crate::processor::CROP;
@@ -46,11 +44,11 @@ impl Attention {
         })
     }
 
-    /// x `[b·len, C]` to `[b·len, C]`.
-    fn forward(&self, x: &Tensor, len: usize) -> Result<Tensor> {
+    /// The attention of x `[b·len, C]`, added to `residual`.
+    fn forward(&self, x: &Tensor, len: usize, residual: &Tensor) -> Result<Tensor> {
         let qkv = self.qkv_proj.forward(x)?; // [b·len, 3·C]
         let attended = full_attention(&qkv, self.num_heads, len, self.scale)?; // [b·len, C]
-        self.out_proj.forward(&attended)
+        self.out_proj.forward_plus(&attended, residual)
     }
 }
 
@@ -71,8 +69,10 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.fc2.forward(&quick_gelu(&self.fc1.forward(x)?)?)
+    /// The block's output for x `[b·len, C]`, added to `residual`.
+    fn forward(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let inner = self.fc1.forward_quick_gelu(x)?; // [b·len, I]
+        self.fc2.forward_plus(&inner, residual)
     }
 }
 
@@ -96,10 +96,8 @@ impl EncoderLayer {
     }
 
     fn forward(&self, x: &Tensor, len: usize) -> Result<Tensor> {
-        let attended = self.self_attn.forward(&self.layer_norm1.forward(x)?, len)?;
-        let x = (x + attended)?;
-        let inner = self.mlp.forward(&self.layer_norm2.forward(&x)?)?;
-        Ok((x + inner)?)
+        let x = &(self.self_attn).forward(&self.layer_norm1.forward(x)?, len, x)?;
+        self.mlp.forward(&self.layer_norm2.forward(x)?, x)
     }
 }
 

@@ -33,6 +33,10 @@ impl Kernels for Scalar {
         super::matmul_rows(x.values, w, first_row, out);
     }
 
+    fn quick_gelu(&self, x: &mut [f32]) {
+        super::quick_gelu(x);
+    }
+
     fn quantize(
         &self,
         x: &[f32],

@@ -39,6 +39,16 @@ impl Avx2 {
         unsafe { float::matmul_rows(x, w, first_row, out) }
     }
 
+    /// [`scalar::quick_gelu`], compiled for wider vectors.
+    pub(crate) fn quick_gelu(self, x: &mut [f32]) {
+        #[target_feature(enable = "avx2")]
+        fn wide(x: &mut [f32]) {
+            scalar::quick_gelu(x);
+        }
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { wide(x) }
+    }
+
     /// [`scalar::quantize`], the same operations in wider vectors.
     pub(crate) fn quantize(
         self,

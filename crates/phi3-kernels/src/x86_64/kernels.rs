@@ -30,6 +30,10 @@ impl Kernels for Avx2 {
         Avx2::matmul_rows(*self, x, w, first_row, out);
     }
 
+    fn quick_gelu(&self, x: &mut [f32]) {
+        Avx2::quick_gelu(*self, x);
+    }
+
     fn quantize(
         &self,
         x: &[f32],
