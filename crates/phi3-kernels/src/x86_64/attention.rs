@@ -166,7 +166,7 @@ fn dots<E: Element, const R: usize>(q: &[f32], keys: &[E], d: usize, j: usize) -
 
 /// Asks for `count` elements from the one at `first` behind `base` on, wherever that is.
 #[inline(always)]
-pub(super) fn prefetch<E>(base: *const E, first: usize, count: usize) {
+fn prefetch<E>(base: *const E, first: usize, count: usize) {
     let line = 64 / size_of::<E>();
     for i in 0..count / line {
         let address = base.wrapping_add(first + i * line);

@@ -10,16 +10,12 @@
     reason = "one index into several arrays; closures in iterators would lose the target features"
 )]
 
-use super::attention::prefetch;
 use super::tile::{self, Element, LANES, Lanes, load_lanes, multiply, store_lanes};
 use super::vector::{load_f32, store_f32};
 use crate::backend::Rows;
 
 /// Keys of a panel.
 const PANEL_KEYS: usize = 16;
-
-/// Bytes of a line of the cache.
-const LINE: usize = 64;
 
 /// Columns of a panel of values.
 const PANEL_COLUMNS: usize = 16;
@@ -39,17 +35,14 @@ pub(super) fn scores<E: Element>(
 ) {
     let rows = q.len() / d;
     let mut panel = vec![Lanes::ZERO; d];
-    let mut panels = keys
+    let panels = keys
         .iter()
-        .flat_map(|part| E::of(*part).chunks(PANEL_KEYS * d))
-        .peekable();
+        .flat_map(|part| E::of(*part).chunks(PANEL_KEYS * d));
     let mut j = 0;
-    while let Some(keys) = panels.next() {
+    for keys in panels {
         let wanted = keys.len() / d;
         turn(keys, d, &mut panel);
-        let mut ahead = Ahead::new(panels.peek().copied().unwrap_or(&[]), tile::count(rows));
         for (start, end) in tile::cuts(rows) {
-            ahead.ask();
             let q = &q[start * d..end * d];
             let out = &mut out[start * stride + j..];
             match end - start {
@@ -62,32 +55,6 @@ pub(super) fn scores<E: Element>(
             }
         }
         j += wanted;
-    }
-}
-
-/// Keys that are asked for before they are turned, some with each tile: they come from afar, and
-/// all at once they would be waited for.
-struct Ahead<'a, E> {
-    keys: &'a [E],
-    /// Elements of a step.
-    step: usize,
-    asked: usize,
-}
-
-impl<'a, E> Ahead<'a, E> {
-    fn new(keys: &'a [E], steps: usize) -> Self {
-        let line = LINE / size_of::<E>();
-        Self {
-            keys,
-            step: keys.len().div_ceil(line).div_ceil(steps.max(1)) * line,
-            asked: 0,
-        }
-    }
-
-    fn ask(&mut self) {
-        let count = self.step.min(self.keys.len() - self.asked);
-        prefetch(self.keys.as_ptr(), self.asked, count);
-        self.asked += count;
     }
 }
 

@@ -328,15 +328,10 @@ pub(super) fn store_lanes(row: &mut [f32], count: usize, [low, high]: [__m256; 2
     row[..count].copy_from_slice(&lanes.as_flattened()[..count]);
 }
 
-/// Tiles of `n` rows.
-pub(super) fn count(n: usize) -> usize {
-    n.div_ceil(ROWS)
-}
-
 /// Where `n` rows are cut into the fewest tiles, of nearly the same size: the first rows of them
 /// and, last, `n`.
 pub(super) fn cuts(n: usize) -> impl Iterator<Item = (usize, usize)> {
-    let tiles = count(n);
+    let tiles = n.div_ceil(ROWS);
     (0..tiles).map(move |i| (i * n / tiles, (i + 1) * n / tiles))
 }
 
