@@ -91,9 +91,8 @@ fn score_tile<const R: usize>(
     let sums = multiply(panel, rows, tile::zeros());
     if wanted == PANEL_KEYS {
         for r in 0..R {
-            if let Some(out) = tile::lanes_mut(out, r * stride) {
-                *out = [store_f32(sums[r][0]), store_f32(sums[r][1])];
-            }
+            let out = tile::lanes_mut(out, r * stride);
+            *out = [store_f32(sums[r][0]), store_f32(sums[r][1])];
         }
     } else {
         for r in 0..R {
@@ -220,15 +219,13 @@ fn sum_tile<const R: usize>(
     let mut sums = tile::zeros::<R>();
     if d - first >= PANEL_COLUMNS {
         for r in 0..R {
-            if let Some([low, high]) = tile::lanes_mut(acc, r * d) {
-                sums[r] = [load_f32(low), load_f32(high)];
-            }
+            let [low, high] = tile::lanes_mut(acc, r * d);
+            sums[r] = [load_f32(low), load_f32(high)];
         }
         sums = multiply(panel, rows, sums);
         for r in 0..R {
-            if let Some(acc) = tile::lanes_mut(acc, r * d) {
-                *acc = [store_f32(sums[r][0]), store_f32(sums[r][1])];
-            }
+            let acc = tile::lanes_mut(acc, r * d);
+            *acc = [store_f32(sums[r][0]), store_f32(sums[r][1])];
         }
     } else {
         let columns = d - first;

@@ -228,9 +228,8 @@ macro_rules! column {
     };
 }
 
-/// [`multiply`] for one number of rows, in assembly, so that it does not depend on the compiler's mood
-/// whether a sum is kept in memory or a load comes too late: gcc's form of the same loop reaches 65 % of
-/// what the multipliers can do, this one 97.
+/// [`multiply`] for one number of rows, in assembly, because compilers keep some of the sums in memory or load
+/// too late: gcc's form of the same loop, in C, reached 65 % of what the multipliers can do, this one 97.
 macro_rules! multiply_rows {
     ($name:ident, $rows:literal: $($row:literal $x:literal $pointer:ident $low:ident $high:ident),*) => {
         #[target_feature(enable = "avx2,fma")]
@@ -335,8 +334,12 @@ pub(super) fn cuts(n: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..tiles).map(move |i| (i * n / tiles, (i + 1) * n / tiles))
 }
 
-/// The sixteen elements of `row` from `first` on, if there are so many.
+/// The sixteen elements of `row` from `first` on.
+///
+/// # Panics
+/// When there are not so many.
 #[inline(always)]
-pub(super) fn lanes_mut(row: &mut [f32], first: usize) -> Option<&mut [[f32; LANES]; 2]> {
-    row.get_mut(first..)?.as_chunks_mut().0.first_chunk_mut()
+pub(super) fn lanes_mut(row: &mut [f32], first: usize) -> &mut [[f32; LANES]; 2] {
+    let lanes = row[first..].as_chunks_mut().0.first_chunk_mut();
+    lanes.expect("a caller that takes whole lanes has sixteen elements")
 }
