@@ -30,11 +30,11 @@ pub(super) const BLOCK: usize = 256;
 const PANEL_ROWS: usize = 16;
 /// Panels that a chunk of tokens goes through, one after another: 128 KiB, in the second-level
 /// cache beside the chunk.
-const PANELS: usize = 8;
+const PANELS: usize = 16;
 /// Tokens of a tile.
 const TILE: usize = tile::ROWS;
 /// Tiles of a chunk: 72 KiB of a block of columns.
-const CHUNK: usize = 12;
+const CHUNK: usize = 6;
 /// Tokens up to which weights are better read in one stream, a panel at a time.
 const FEW_TOKENS: usize = 6;
 
@@ -166,20 +166,25 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
                 }
             }
             let x = &x.blocks.expect("`column_block` asks for them")[first_col * n..];
-            let x = &x.as_chunks::<BLOCK>().0[..n];
+            let (x, after) = x.as_chunks::<BLOCK>().0.split_at(n);
             let tiles = n.div_ceil(TILE);
+            // Tiles of nearly the same size; behind them come those of the next block.
+            let tokens = |tile: usize| tile * n / tiles..(tile + 1) * n / tiles;
+            let tokens_ahead = |tile: usize| match tile.checked_sub(tiles) {
+                None => &x[tokens(tile)],
+                Some(tile) => after.get(tokens(tile)).unwrap_or_default(),
+            };
             for chunk in (0..tiles).step_by(CHUNK) {
-                for (i, panel) in turned.iter().enumerate() {
-                    let start = start + i * PANEL_ROWS;
+                for (p, panel) in turned.iter().enumerate() {
+                    let start = start + p * PANEL_ROWS;
                     let rows = start..end.min(start + PANEL_ROWS);
                     if rows.is_empty() {
                         break;
                     }
                     let panel = &panel[..cols.len()];
-                    for i in chunk..tiles.min(chunk + CHUNK) {
-                        // Tiles of nearly the same size.
-                        let tokens = i * n / tiles..(i + 1) * n / tiles;
-                        let (x, out) = (&x[tokens.clone()], &mut out[tokens]);
+                    for tile in chunk..tiles.min(chunk + CHUNK) {
+                        ask_for_share(tokens_ahead(tile + CHUNK), p, panels);
+                        let (x, out) = (&x[tokens(tile)], &mut out[tokens(tile)]);
                         for out in out.iter() {
                             ask_for(&out[rows.clone()]);
                         }
@@ -189,6 +194,16 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
             }
         }
     }
+}
+
+/// Asks for share `i` of `shares` of the tokens that a tile of the next chunk reads: they come from the
+/// third-level cache, and the loads of a tile alone would wait for most of their lines.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn ask_for_share(x: &[[f32; BLOCK]], i: usize, shares: usize) {
+    let x = x.as_flattened();
+    let share = i * x.len() / shares..(i + 1) * x.len() / shares;
+    prefetch::<_MM_HINT_T1>(&x[share], 0);
 }
 
 /// Asks for up to sixteen numbers, which may lie in two lines.

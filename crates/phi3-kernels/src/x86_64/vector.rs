@@ -88,14 +88,14 @@ pub(super) fn from_f16(h: [u16; 8]) -> __m256 {
     _mm256_cvtph_ps(unsafe { transmute::<[u16; 8], __m128i>(h) })
 }
 
-/// Asks for as many cache lines as `bytes` fill, from `distance` bytes after their start, whether
+/// Asks for as many cache lines as `items` fill, from `distance` bytes after their start, whether
 /// or not anything lies there: into the first-level cache or, by `_MM_HINT_T1`, the second.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn prefetch<const HINT: i32>(bytes: &[u8], distance: usize) {
+pub(super) fn prefetch<const HINT: i32>(items: &[impl Copy], distance: usize) {
     let mut at = 0;
-    while at < bytes.len() {
-        let line = bytes.as_ptr().wrapping_add(distance + at).cast::<i8>();
+    while at < size_of_val(items) {
+        let line = items.as_ptr().cast::<i8>().wrapping_add(distance + at);
         #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
         // SAFETY: a prefetch reads nothing and faults at no address.
         unsafe {
