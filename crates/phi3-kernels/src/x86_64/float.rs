@@ -20,7 +20,7 @@ use std::arch::x86_64::*;
 use super::avx2::decode;
 use super::narrow;
 use super::tile::{self, Lanes};
-use super::vector::{from_f16, load, load_f32, prefetch, store_f32, transpose};
+use super::vector::{halves, load, load_f32, prefetch, store_f32, transpose, transpose_words};
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
 
@@ -58,13 +58,24 @@ pub(super) fn matmul_rows(
     }
 }
 
-/// Eight weights of a float type, `BYTES` bytes.
+/// A float type, eight weights of which are `BYTES` bytes.
 trait Eight<const BYTES: usize> {
     const TYPE: BlockType;
 
+    /// A weight of each of sixteen rows, as stored.
+    type Column: Copy;
+
+    /// Eights `at` of sixteen rows, turned.
+    ///
+    /// # Safety
+    /// The processor has AVX2.
+    unsafe fn turn(rows: &Rows<'_, BYTES>, at: usize) -> [Self::Column; 8];
+
+    /// As f32, a row to a lane.
+    ///
     /// # Safety
     /// The processor has AVX2 and F16C.
-    unsafe fn load(bytes: &[u8; BYTES]) -> __m256;
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2];
 }
 
 struct Single;
@@ -74,38 +85,93 @@ struct Brain;
 impl Eight<32> for Single {
     const TYPE: BlockType = BlockType::F32;
 
+    type Column = [__m256i; 2];
+
     #[inline(always)]
-    unsafe fn load(bytes: &[u8; 32]) -> __m256 {
+    unsafe fn turn(rows: &Rows<'_, 32>, at: usize) -> [Self::Column; 8] {
         // SAFETY: the caller vouches for the instructions.
-        unsafe { _mm256_castsi256_ps(load(bytes)) }
+        unsafe { turn_dwords(rows, at) }
+    }
+
+    #[inline(always)]
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2] {
+        // SAFETY: the caller vouches for the instructions.
+        column.map(|half| unsafe { _mm256_castsi256_ps(half) })
     }
 }
 
 impl Eight<16> for Half {
     const TYPE: BlockType = BlockType::F16;
 
+    type Column = __m256i;
+
     #[inline(always)]
-    unsafe fn load(bytes: &[u8; 16]) -> __m256 {
-        let mut halves = [0; 8];
-        for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks().0) {
-            *half = u16::from_le_bytes(*bytes);
-        }
+    unsafe fn turn(rows: &Rows<'_, 16>, at: usize) -> [Self::Column; 8] {
         // SAFETY: the caller vouches for the instructions.
-        unsafe { from_f16(halves) }
+        unsafe { turn_words(rows, at) }
+    }
+
+    #[inline(always)]
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2] {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { tile::widen_f16(column) }
     }
 }
 
 impl Eight<16> for Brain {
     const TYPE: BlockType = BlockType::BF16;
 
+    type Column = __m256i;
+
     #[inline(always)]
-    unsafe fn load(bytes: &[u8; 16]) -> __m256 {
+    unsafe fn turn(rows: &Rows<'_, 16>, at: usize) -> [Self::Column; 8] {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { turn_words(rows, at) }
+    }
+
+    #[inline(always)]
+    unsafe fn lanes(column: Self::Column) -> [__m256; 2] {
         // SAFETY: the caller vouches for the instructions.
         unsafe {
-            let words = _mm256_cvtepu16_epi32(super::vector::load_16(bytes));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+            [
+                _mm256_castsi256_si128(column),
+                _mm256_extracti128_si256::<1>(column),
+            ]
+            .map(|words| {
+                let upper = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words));
+                _mm256_castsi256_ps(upper)
+            })
         }
     }
+}
+
+/// Eights `at` of sixteen rows of dwords, turned.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn turn_dwords(rows: &Rows<'_, 32>, at: usize) -> [[__m256i; 2]; 8] {
+    let mut turned = [[_mm256_setzero_si256(); 2]; 8];
+    for half in 0..2 {
+        let mut eight = [_mm256_setzero_si256(); 8];
+        for i in 0..8 {
+            eight[i] = load(&rows[8 * half + i][at]);
+        }
+        let eight = transpose(eight);
+        for i in 0..8 {
+            turned[i][half] = eight[i];
+        }
+    }
+    turned
+}
+
+/// Eights `at` of sixteen rows of words, turned.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn turn_words(rows: &Rows<'_, 16>, at: usize) -> [__m256i; 8] {
+    let mut both = [_mm256_setzero_si256(); 8];
+    for i in 0..8 {
+        both[i] = halves(&rows[i][at], &rows[i + 8][at]);
+    }
+    transpose_words(both)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -306,27 +372,6 @@ impl<E: Eight<BYTES>, const BYTES: usize> Decoded<E, BYTES> {
     }
 }
 
-/// Eight columns of eight rows as eight rows of eight columns.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn eight<E: Eight<BYTES>, const BYTES: usize>(
-    rows: &Rows<'_, BYTES>,
-    half: usize,
-    at: usize,
-) -> [__m256; 8] {
-    let mut vectors = [_mm256_setzero_si256(); 8];
-    for i in 0..8 {
-        // SAFETY: this function is compiled with the features.
-        vectors[i] = _mm256_castps_si256(unsafe { E::load(&rows[8 * half + i][at]) });
-    }
-    let vectors = transpose(vectors);
-    let mut out = [_mm256_setzero_ps(); 8];
-    for i in 0..8 {
-        out[i] = _mm256_castsi256_ps(vectors[i]);
-    }
-    out
-}
-
 /// Asks for as many weights as the eights at `at` are, `distance` bytes further on: whole lines of
 /// some of the rows, so that those of all rows have been asked for by the line's end.
 #[target_feature(enable = "avx2")]
@@ -356,11 +401,12 @@ fn turn<E: Eight<BYTES>, const BYTES: usize>(
     let panel = panel.as_chunks_mut::<8>().0;
     for c in 0..eights {
         look_ahead(&rows, c, ahead);
-        for half in 0..2 {
-            let columns = eight::<E, BYTES>(&rows, half, c);
-            for i in 0..8 {
-                panel[c][i].0[half] = store_f32(columns[i]);
-            }
+        // SAFETY: this function is compiled with the features.
+        let columns = unsafe { E::turn(&rows, c) };
+        for i in 0..8 {
+            // SAFETY: as above.
+            let [low, high] = unsafe { E::lanes(columns[i]) };
+            panel[c][i] = Lanes([store_f32(low), store_f32(high)]);
         }
     }
 }
@@ -380,22 +426,34 @@ fn one_token<E: Eight<BYTES>, const BYTES: usize>(
     let mut sums = [_mm256_setzero_ps(); 2];
     for c in 0..x.len() {
         look_ahead(&rows, c, ahead);
-        for half in 0..2 {
-            let columns = eight::<E, BYTES>(&rows, half, c);
-            for i in 0..8 {
-                sums[half] = _mm256_fmadd_ps(columns[i], _mm256_set1_ps(x[c][i]), sums[half]);
-            }
+        // SAFETY: this function is compiled with the features.
+        let columns = unsafe { E::turn(&rows, c) };
+        for i in 0..8 {
+            // SAFETY: as above.
+            let lanes = unsafe { E::lanes(columns[i]) };
+            sums = add_column(lanes, x[c][i], sums);
         }
     }
     if !tail.is_empty() {
-        for half in 0..2 {
-            let columns = eight::<E, BYTES>(&rows, half, x.len());
-            for i in 0..tail.len() {
-                sums[half] = _mm256_fmadd_ps(columns[i], _mm256_set1_ps(tail[i]), sums[half]);
-            }
+        // SAFETY: as above.
+        let columns = unsafe { E::turn(&rows, x.len()) };
+        for i in 0..tail.len() {
+            // SAFETY: as above.
+            let lanes = unsafe { E::lanes(columns[i]) };
+            sums = add_column(lanes, tail[i], sums);
         }
     }
     sums
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add_column(lanes: [__m256; 2], x: f32, sums: [__m256; 2]) -> [__m256; 2] {
+    let x = _mm256_set1_ps(x);
+    [
+        _mm256_fmadd_ps(lanes[0], x, sums[0]),
+        _mm256_fmadd_ps(lanes[1], x, sums[1]),
+    ]
 }
 
 /// Adds the products of a panel with up to six tokens to `rows` of their outputs; `first`: overwrites

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use crate::backend::Rows;
 
-use super::vector::{from_f16, halves_f16, load_f32, store_f32, transpose};
+use super::vector::{from_f16, halves_f16, load_f32, store_f32, transpose, transpose_words};
 
 /// Lanes of a vector of f32.
 pub(super) const LANES: usize = 8;
@@ -98,13 +98,18 @@ impl Element for u16 {
     #[inline(always)]
     unsafe fn lanes(column: Self::Column) -> [__m256; 2] {
         // SAFETY: the caller vouches for the instructions.
-        unsafe {
-            [
-                _mm256_cvtph_ps(_mm256_castsi256_si128(column)),
-                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(column)),
-            ]
-        }
+        unsafe { widen_f16(column) }
     }
+}
+
+/// Sixteen numbers of half precision as f32.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn widen_f16(halves: __m256i) -> [__m256; 2] {
+    [
+        _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+        _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+    ]
 }
 
 #[target_feature(enable = "avx2")]
@@ -124,7 +129,6 @@ fn turn_f32(rows: &Eights<'_, f32>, c: usize) -> [[__m256; 2]; LANES] {
     turned
 }
 
-/// Rows i and i + 8 share a vector, so that one shuffle moves numbers of both halves.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn turn_f16(rows: &Eights<'_, u16>, c: usize) -> [__m256i; LANES] {
@@ -132,26 +136,7 @@ fn turn_f16(rows: &Eights<'_, u16>, c: usize) -> [__m256i; LANES] {
     for i in 0..LANES {
         r[i] = halves_f16(&rows[i][c], &rows[i + LANES][c]);
     }
-    // Pairs of rows interleaved by one number, then by two, then by four.
-    let mut pairs = r;
-    for i in 0..4 {
-        pairs[2 * i] = _mm256_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
-        pairs[2 * i + 1] = _mm256_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
-    }
-    let mut fours = pairs;
-    for i in [0, 4] {
-        for high in 0..2 {
-            let (a, b) = (pairs[i + high], pairs[i + high + 2]);
-            fours[i + 2 * high] = _mm256_unpacklo_epi32(a, b);
-            fours[i + 2 * high + 1] = _mm256_unpackhi_epi32(a, b);
-        }
-    }
-    let mut eights = fours;
-    for i in 0..4 {
-        eights[2 * i] = _mm256_unpacklo_epi64(fours[i], fours[i + 4]);
-        eights[2 * i + 1] = _mm256_unpackhi_epi64(fours[i], fours[i + 4]);
-    }
-    eights
+    transpose_words(r)
 }
 
 /// What the sixteen lanes hold at one step: a line of the cache.

@@ -150,6 +150,33 @@ pub(super) fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
     ]
 }
 
+/// Sixteen rows of eight words to columns: vector i holds row i and, in its upper half, row i + 8, so
+/// that one shuffle moves words of both.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn transpose_words(r: [__m256i; 8]) -> [__m256i; 8] {
+    // Pairs of rows interleaved by one word, then by two, then by four.
+    let mut pairs = r;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+    }
+    let mut fours = pairs;
+    for i in [0, 4] {
+        for high in 0..2 {
+            let (a, b) = (pairs[i + high], pairs[i + high + 2]);
+            fours[i + 2 * high] = _mm256_unpacklo_epi32(a, b);
+            fours[i + 2 * high + 1] = _mm256_unpackhi_epi32(a, b);
+        }
+    }
+    let mut eights = fours;
+    for i in 0..4 {
+        eights[2 * i] = _mm256_unpacklo_epi64(fours[i], fours[i + 4]);
+        eights[2 * i + 1] = _mm256_unpackhi_epi64(fours[i], fours[i + 4]);
+    }
+    eights
+}
+
 /// [`transpose`] of eight rows of four dwords, of which vector i holds row i and, in its upper half,
 /// row i + 4.
 #[target_feature(enable = "avx2")]
