@@ -28,12 +28,12 @@ use crate::{BlockType, MatrixRef};
 pub(super) const BLOCK: usize = 256;
 /// Rows of a panel, in two vectors.
 const PANEL_ROWS: usize = 16;
-/// Panels that a chunk of tokens goes through, one after another: 128 KiB, in the second-level
-/// cache beside the chunk.
+/// Panels that a chunk of tokens goes through, one after another: 256 KiB, in the second-level
+/// cache beside this chunk and the next.
 const PANELS: usize = 16;
 /// Tokens of a tile.
 const TILE: usize = tile::ROWS;
-/// Tiles of a chunk: 72 KiB of a block of columns.
+/// Tiles of a chunk: 36 KiB of a block of columns.
 const CHUNK: usize = 6;
 /// Tokens up to which weights are better read in one stream, a panel at a time.
 const FEW_TOKENS: usize = 6;
