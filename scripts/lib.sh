@@ -42,9 +42,35 @@ debian_packages() {
     [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
       missing="$missing $package"
   done
-  [ -n "$missing" ] || return 0
   # The packages' names hold no blanks.
-  (install_packages --no-remove $missing) || skip "it needs the packages$missing"
+  if [ -n "$missing" ]; then
+    (install_packages --no-remove $missing) || skip "it needs the packages$missing"
+  fi
+  # A package list from before Debian's last update of the compiler names one that is too old.
+  case " $* " in
+    *" rustc-web "*)
+      recent_rustc_web || (apt_get update -qq && install_packages --no-remove "$@") >&2
+      recent_rustc_web || skip "it needs a rustc-web of version $(rust_version) or later"
+      ;;
+  esac
+}
+
+# rust_version: the oldest compiler that the workspace allows.
+rust_version() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml"; }
+
+recent_rustc_web() {
+  local oldest
+  oldest=$(printf '%s\n' "$(rust_version)" "$(/usr/bin/rustc --version | cut -d' ' -f2)" | sort -V | head -n 1)
+  [ "$oldest" = "$(rust_version)" ]
+}
+
+# apt_get ARGUMENT...: as root.
+apt_get() {
+  if [ "$(id -u)" = 0 ]; then
+    apt-get "$@"
+  else
+    sudo apt-get "$@"
+  fi
 }
 
 # need_rust [COMPONENT...]: cargo, a linker, and components of the toolchain such as clippy.
