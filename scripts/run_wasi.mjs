@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { WASI } from "node:wasi";
 
 // Rust's standard library calls these to start a thread, and Debian's C library does not have them.
-// There are none, which rayon takes for an answer.
+// There are none, which the kernels' pool takes for an answer.
 const ENOSYS = 52;
 const threads = {
   pthread_attr_init: () => 0,

@@ -5,6 +5,8 @@
 //! cargo run --release -p phi3-kernels --example speed -- BF16 577 3072x1024,1024x1024,4096x1024,1024x4096
 //! ```
 //!
+//! A fourth argument is how many MB of weights there are, 300 unless told: few stay in the caches,
+//! and are gone through as often as makes 300 MB.
 //! The second form names the matrices of a layer, rows by columns: here those of CLIP's image tower, whose
 //! crops are 577 tokens. Random weights of a few layers, more than the caches hold, are multiplied one matrix after
 //! another. `token/s` is what all 32 layers and phi-3-mini's head would give (of named matrices: the
@@ -15,17 +17,15 @@
 use std::time::Instant;
 
 use phi3_kernels::testing::{self, Random};
-use phi3_kernels::{
-    Activations, BlockType, MatrixRef, backend_name, linear, num_threads, parallel,
-};
+use phi3_kernels::{Activations, BlockType, MatrixRef, backend_name, linear, num_threads};
 
 /// (rows, cols) of a layer of phi-3-mini.
 const LAYER: [(usize, usize); 4] = [(9216, 3072), (3072, 3072), (16384, 3072), (3072, 8192)];
 const HEAD: (usize, usize) = (32064, 3072);
 const LAYERS: usize = 32;
 
-/// Bytes of weights below which the caches may help.
-const MIN_BYTES: usize = 300 << 20;
+/// MB of weights below which the caches may help.
+const MEGABYTES: usize = 300;
 
 const REPEAT: usize = 5;
 
@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(named) => (shapes(&named)?, (0, 0)),
         None => (LAYER.to_vec(), HEAD),
     };
+    let megabytes = args.next().map_or(Ok(MEGABYTES), |number| number.parse())?;
     let widest_row = layer.iter().map(|m| m.1).max().unwrap_or(0);
     let most_rows = layer.iter().map(|m| m.0).max().unwrap_or(0);
     println!("{} on {} threads", backend_name(), num_threads());
@@ -46,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .iter()
             .map(|(rows, cols)| rows * block_type.row_bytes(*cols).unwrap_or(0))
             .sum();
-        let layers = MIN_BYTES.div_ceil(layer_bytes.max(1));
+        let layers = (megabytes << 20).div_ceil(layer_bytes.max(1));
         let matrices: Vec<(usize, usize, Vec<u8>)> = layer
             .iter()
             .cycle()
@@ -59,6 +60,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .collect();
         let weights: usize = matrices.iter().map(|m| m.0 * m.1).sum();
         let bytes: usize = matrices.iter().map(|m| m.2.len()).sum();
+        let passes = (MEGABYTES << 20).div_ceil(bytes);
+        let (weights, bytes) = (passes * weights, passes * bytes);
         // What these layers stand for.
         let layer_weights: usize = layer.iter().map(|m| m.0 * m.1).sum();
         let whole = (LAYERS * layer_weights + head.0 * head.1) as f64 / weights as f64;
@@ -72,15 +75,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 bandwidths.push(read_bandwidth(&matrices));
                 let mut out = vec![0.0; n * most_rows];
                 let (start, busy_before) = (Instant::now(), processor_seconds());
-                parallel(|| {
-                    for (rows, cols, bytes) in &matrices {
-                        let Ok(w) = MatrixRef::new(block_type, *rows, *cols, bytes) else {
-                            continue;
-                        };
-                        let x = Activations::new(&x[..n * cols], n, *cols);
-                        linear(&x, w, &mut out, *rows, 0);
-                    }
-                });
+                for (rows, cols, bytes) in (0..passes).flat_map(|_| &matrices) {
+                    let Ok(w) = MatrixRef::new(block_type, *rows, *cols, bytes) else {
+                        continue;
+                    };
+                    let x = Activations::new(&x[..n * cols], n, *cols);
+                    linear(&x, w, &mut out, *rows, 0);
+                }
                 seconds.push(start.elapsed().as_secs_f64());
                 busy.push((processor_seconds() - busy_before) / num_threads() as f64);
             }

@@ -3,8 +3,6 @@
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
-use rayon::prelude::*;
-
 use crate::backend::{Kernels, Tokens};
 use crate::{BlockType, dispatch, threads};
 
@@ -129,9 +127,9 @@ impl<'a> Activations<'a> {
         Some(form.get_or_init(|| Quantized::new(&self.x, self.n, self.cols, group)))
     }
 
-    /// The tokens as `backend`, always the same one, multiplies them in f32.
-    pub(crate) fn tokens(&self, backend: &dyn Kernels) -> Tokens<'_> {
-        let blocks = backend.column_block(self.n).map(|block| {
+    /// The tokens as `backend`, always the same one, multiplies them in f32 with weights of a type.
+    pub(crate) fn tokens(&self, backend: &dyn Kernels, block_type: BlockType) -> Tokens<'_> {
+        let blocks = backend.column_block(self.n, block_type).map(|block| {
             let made = || column_blocks(&self.x, self.n, self.cols, block);
             self.by_columns.get_or_init(made).as_slice()
         });
@@ -199,14 +197,14 @@ impl Quantized {
             let (values, scales) = (&mut quantized.values, &mut quantized.scales);
             backend.quantize(x, group, values, scales, &mut quantized.sums);
         } else {
-            threads::parallel(|| {
-                x.par_chunks(groups * group)
-                    .zip(quantized.values.par_chunks_mut(groups * group))
-                    .zip(quantized.scales.par_chunks_mut(groups))
-                    .zip(quantized.sums.par_chunks_mut(groups * group / SUM_GROUP))
-                    .for_each(|(((x, values), scales), sums)| {
-                        backend.quantize(x, group, values, scales, sums);
-                    });
+            let parts = x
+                .chunks(groups * group)
+                .zip(quantized.values.chunks_mut(groups * group))
+                .zip(quantized.scales.chunks_mut(groups))
+                .zip(quantized.sums.chunks_mut(groups * group / SUM_GROUP));
+            threads::for_each(&mut parts.collect::<Vec<_>>(), |_, part| {
+                let (((x, values), scales), sums) = part;
+                backend.quantize(x, group, values, scales, sums);
             });
         }
         quantized

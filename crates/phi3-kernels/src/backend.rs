@@ -2,8 +2,8 @@
 
 use std::fmt::Debug;
 
-use crate::MatrixRef;
 use crate::activations::Quantized;
+use crate::{BlockType, MatrixRef};
 
 /// Keys or values of one head, `[n, d]`, contiguous.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +66,8 @@ pub(crate) struct Tokens<'a> {
 ///
 /// All compute what scalar computes: products with eight-bit activations and quantization to the
 /// last bit, the rest within f32 rounding. An element of an output is computed by the same
-/// operations in the same order whatever else the call computes. Entry points have checked the
+/// operations in the same order whatever else the call computes; products with f32 activations may
+/// have another order for many tokens than for few. Entry points have checked the
 /// lengths.
 pub(crate) trait Kernels: Debug + Send + Sync {
     /// As `PHI3_KERNELS` takes it.
@@ -76,9 +77,9 @@ pub(crate) trait Kernels: Debug + Send + Sync {
     fn base(&self) -> &dyn Kernels;
 
     /// How many columns of `n` tokens [`matmul_rows`](Self::matmul_rows) wants together in memory
-    /// ([`Tokens::blocks`]), if any.
-    fn column_block(&self, n: usize) -> Option<usize> {
-        self.base().column_block(n)
+    /// ([`Tokens::blocks`]) for weights of a type, if any.
+    fn column_block(&self, n: usize, block_type: BlockType) -> Option<usize> {
+        self.base().column_block(n, block_type)
     }
 
     /// `out[t][i] = x[t] · w[first_row + i]` with sums in f32.
@@ -112,6 +113,14 @@ pub(crate) trait Kernels: Debug + Send + Sync {
     /// `out[t][i] = x[t] · w[first_row + i]` for quantized weights.
     fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
         self.base().int8_rows(x, w, first_row, out);
+    }
+
+    /// Makes what all calls of [`int8_rows`](Self::int8_rows) for `x` and matrices of this type read, if
+    /// that is not made yet: outside of tasks, where all threads take part.
+    fn prepare(&self, x: &Quantized, w: MatrixRef<'_>) {
+        let mut no_rows: Vec<&mut [f32]> = Vec::new();
+        no_rows.resize_with(x.n, Default::default);
+        self.int8_rows(x, w, 0, &mut no_rows);
     }
 
     /// `out[r * stride + j] = q[r] · keys[j]` for the rows r of `q` and j of `keys`. Rows here and

@@ -128,7 +128,7 @@ mod tests {
             let x = Activations::new(x, n, w.cols());
             let rows = out.len() / n;
             let mut out: Vec<&mut [f32]> = out.chunks_mut(rows).collect();
-            (**self).matmul_rows(&x.tokens(&**self), w, first_row, &mut out);
+            (**self).matmul_rows(&x.tokens(&**self, w.block_type()), w, first_row, &mut out);
         }
     }
 
@@ -188,7 +188,8 @@ mod tests {
         }
     }
 
-    /// More tokens and rows than a backend takes at a time, and a last block of columns that is short.
+    /// More tokens and rows than a backend takes at a time, and a last block of columns that is short:
+    /// few tokens as each alone, many as fewer of them, and both what they should be.
     #[test]
     fn backends_multiply_many_tokens_as_each_alone() {
         for block_type in [BlockType::F32, BlockType::F16, BlockType::BF16] {
@@ -196,13 +197,27 @@ mod tests {
             let bytes = testing::random_matrix(block_type, rows, cols, 9);
             let w = MatrixRef::new(block_type, rows, cols, &bytes).unwrap();
             let x = Random(10).units(n * cols);
+            let expected = testing::matmul(&x, n, w);
             for backend in available() {
-                let mut out = vec![f32::NAN; n * rows];
-                backend.matmul_rows(&x, n, w, 0, &mut out);
-                for (x, out) in x.chunks(cols).zip(out.chunks(rows)) {
-                    let mut alone = vec![f32::NAN; rows];
-                    backend.matmul_rows(x, 1, w, 0, &mut alone);
-                    assert_eq!(alone, out, "{} {block_type}", backend.name());
+                let by = |n: usize| {
+                    let products = x.chunks(n * cols).flat_map(|x| {
+                        let mut out = vec![f32::NAN; x.len() / cols * rows];
+                        backend.matmul_rows(x, x.len() / cols, w, 0, &mut out);
+                        out
+                    });
+                    products.collect::<Vec<f32>>()
+                };
+                let (all, alone) = (by(n), by(1));
+                let name = backend.name();
+                assert_eq!(by(76), all, "{name} {block_type}");
+                assert_eq!(by(26), alone, "{name} {block_type}");
+                for ((sum, scale), found) in
+                    expected.iter().zip(&all).chain(expected.iter().zip(&alone))
+                {
+                    assert!(
+                        (f64::from(*found) - sum).abs() <= MATMUL_TOLERANCE * scale,
+                        "{name} {block_type}: {found}, expected {sum} of {scale}"
+                    );
                 }
             }
         }

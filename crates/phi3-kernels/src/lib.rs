@@ -10,9 +10,9 @@
 //! ([`Activations`]) as eight-bit integers. Large operations are spread over a thread pool
 //! ([`set_num_threads`]; `PHI3_THREADS`).
 //!
-//! A token's result never depends on the other tokens of a call nor on the number of threads,
-//! to the last bit: each output is summed in one order that depends on the number of columns
-//! alone.
+//! A token's result never depends on which other tokens a call has nor on the number of threads, to the
+//! last bit: each output is summed in one order, which depends on the number of columns and, where
+//! weights in half precision are multiplied on x86-64, on whether there are more than 32 tokens.
 //!
 //! # Example
 //! A matrix of two rows and two columns times one token:
@@ -73,7 +73,7 @@ pub use ops::{
 pub use probe::{InstructionSet, Probe, probe};
 pub use products::{Product, combine_rows, linear_all};
 pub use quantize::quantize;
-pub use threads::{num_threads, parallel, set_num_threads};
+pub use threads::{num_threads, set_num_threads};
 
 /// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor),
 /// `avx2` (x86-64 with AVX2, FMA and F16C), `avx-vnni` and `avx512-vnni` (with VNNI besides, in

@@ -1,7 +1,5 @@
 //! The entry points other than attention: they check lengths and spread the work.
 
-use rayon::prelude::*;
-
 use crate::{Activations, BlockType, MatrixRef, ShapeError, dispatch, scalar, threads};
 
 /// Work of one weight decoded, in multiply-adds.
@@ -75,8 +73,9 @@ pub fn gather_rows(w: MatrixRef<'_>, ids: &[u32], out: &mut [f32]) -> Result<(),
 ///
 /// `x` is `[n, cols]`. The stride and the offset let several matrices, stacked by rows, write
 /// one output; elements of `out` between are left alone. Weights are decoded to f32 exactly as
-/// by [`dequantize`]; products and sums are f32. A token's result is the same to the last bit
-/// alone, among others, and with any number of threads.
+/// by [`dequantize`]; products and sums are f32. A token's result is the same to the last bit with any
+/// number of threads, and alone or among others; of F16 and BF16 weights on x86-64 alone or among up to
+/// 32, and among any larger number.
 ///
 /// # Panics
 /// When `x` is not `n * cols` long, `out_offset + rows` is larger than `out_stride`, or `out`
@@ -123,7 +122,7 @@ fn float_products(
         .saturating_mul(w.cols())
         .saturating_mul(n + DECODE_WORK);
     let part_rows = threads::chunk_len(rows, work).next_multiple_of(ROW_MULTIPLE);
-    let x = x.tokens(&*backend);
+    let x = x.tokens(&*backend, w.block_type());
     if n == 1 {
         let out = &mut out[out_offset..][..rows];
         threads::for_each_chunk(out, part_rows, |i, out| {
@@ -132,7 +131,7 @@ fn float_products(
         return;
     }
     let mut parts = in_parts(out, n, rows, part_rows, out_stride, out_offset);
-    for_each_part(&mut parts, |i, part| {
+    threads::for_each(&mut parts, |i, part| {
         backend.matmul_rows(&x, w, i * part_rows, part);
     });
 }
@@ -156,17 +155,6 @@ fn in_parts(
         }
     }
     parts
-}
-
-/// Calls `f(i, part)` for each part, with the threads of the pool when there is more than one.
-fn for_each_part(parts: &mut [Vec<&mut [f32]>], f: impl Fn(usize, &mut [&mut [f32]]) + Sync) {
-    match parts {
-        [part] => f(0, part),
-        parts => threads::parallel(|| {
-            let parts = parts.par_iter_mut().enumerate();
-            parts.for_each(|(i, part)| f(i, part));
-        }),
-    }
 }
 
 /// Multiplies tokens with the rows of a matrix as [`matmul`] does, as fast as the types allow:
@@ -206,8 +194,9 @@ pub fn linear(
 
     let part_rows = rows_of_a_part(n, w);
     let backend = dispatch::backend();
+    backend.prepare(quantized, w);
     let mut parts = in_parts(out, n, rows, part_rows, out_stride, out_offset);
-    for_each_part(&mut parts, |i, part| {
+    threads::for_each(&mut parts, |i, part| {
         backend.int8_rows(quantized, w, i * part_rows, part);
     });
 }

@@ -1,7 +1,5 @@
 //! Several linear layers at once, and what a mixture of experts does around them.
 
-use rayon::prelude::*;
-
 use crate::activations::Quantized;
 use crate::{Activations, MatrixRef, dispatch, ops, threads};
 
@@ -49,6 +47,7 @@ struct Task<'a> {
 /// # Panics
 /// When the tokens' length is not the number of columns of a matrix, or an output has another length.
 pub fn linear_all(products: &mut [Product<'_>]) {
+    let backend = dispatch::backend();
     let mut tasks = Vec::new();
     for Product { x, matrices, out } in products {
         let (n, stride) = (x.len(), matrices.iter().map(MatrixRef::rows).sum::<usize>());
@@ -84,18 +83,14 @@ pub fn linear_all(products: &mut [Product<'_>]) {
         }
         for (outs, w) in outs.into_iter().zip(matrices.iter()) {
             if let Some(x) = x.quantized(w.block_type()) {
+                backend.prepare(x, *w);
                 tasks.extend(cut(x, *w, outs));
             }
         }
     }
-    let backend = dispatch::backend();
-    let run =
-        |task: &mut Task<'_>| backend.int8_rows(task.x, task.w, task.first_row, &mut task.outs);
-    match tasks.as_mut_slice() {
-        [] => (),
-        [task] => run(task),
-        tasks => threads::parallel(|| tasks.par_iter_mut().with_max_len(1).for_each(run)),
-    }
+    threads::for_each(&mut tasks, |_, task| {
+        backend.int8_rows(task.x, task.w, task.first_row, &mut task.outs);
+    });
 }
 
 /// The tasks of one matrix, whose output `outs` holds per token.

@@ -1,15 +1,13 @@
-//! The thread pool of the kernels.
-//!
-//! A rayon pool of our own: its threads sleep when idle, and its size does not depend on what
-//! else in the process uses rayon's global pool.
+//! How the kernels' work is spread over threads: by a pool of their own ([`pool`]).
 
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use rayon::prelude::*;
+use self::pool::Pool;
 
-/// Multiply-adds below which a second thread costs more than it gives: waking one takes tens
-/// of microseconds.
+mod pool;
+
+/// Multiply-adds below which a second thread costs more than it gives.
 const MIN_PARALLEL_WORK: usize = 1 << 16;
 
 /// Tasks for each thread, so that a thread that lost its core for a while is not waited for.
@@ -17,12 +15,6 @@ const TASKS_PER_THREAD: usize = 4;
 
 /// More threads than processors have cores; beyond it, starting them is the only effect.
 const MAX_THREADS: usize = 1024;
-
-struct Pool {
-    threads: usize,
-    /// `None` where threads cannot be made: the caller does all work.
-    rayon: Option<rayon::ThreadPool>,
-}
 
 static POOL: RwLock<Option<Arc<Pool>>> = RwLock::new(None);
 
@@ -32,7 +24,7 @@ static POOL: RwLock<Option<Arc<Pool>>> = RwLock::new(None);
 pub fn set_num_threads(n: usize) {
     let n = if n == 0 { default_threads() } else { n }.min(MAX_THREADS);
     let mut pool = POOL.write().unwrap_or_else(PoisonError::into_inner);
-    if pool.as_ref().is_none_or(|p| p.threads != n) {
+    if pool.as_ref().is_none_or(|p| p.threads() != n) {
         *pool = Some(Arc::new(Pool::new(n)));
     }
 }
@@ -42,18 +34,7 @@ pub fn set_num_threads(n: usize) {
 /// physical cores this process may use, or of logical ones where the system does not tell the
 /// difference.
 pub fn num_threads() -> usize {
-    pool().threads
-}
-
-/// Runs `f` inside the kernels' pool and returns its result. Kernels called from `f` start
-/// without waking the pool each time, and rayon's own parallel iterators in `f` use the same
-/// threads. A caller with many small kernels in sequence, such as a forward pass, gains by
-/// wrapping them all.
-pub fn parallel<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    match &pool().rayon {
-        Some(rayon) => rayon.install(f),
-        None => f(),
-    }
+    pool().threads()
 }
 
 /// Cuts `out` into parts of whole items (`item` elements each) and calls `f(first item, part)`
@@ -74,29 +55,26 @@ pub(crate) fn for_each_part(
 /// of the pool when there is more than one part.
 pub(crate) fn for_each_chunk(out: &mut [f32], len: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     if len < out.len() {
-        parallel(|| {
-            out.par_chunks_mut(len)
-                .enumerate()
-                .for_each(|(i, part)| f(i, part));
-        });
+        let mut parts: Vec<&mut [f32]> = out.chunks_mut(len).collect();
+        for_each(&mut parts, |i, part| f(i, part));
     } else if !out.is_empty() {
         f(0, out);
     }
 }
 
-/// Calls `f` for every item, each a piece of work that pays for a thread, with the threads of the
-/// pool.
-pub(crate) fn for_each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Send + Sync) {
-    parallel(|| items.par_iter_mut().with_max_len(1).for_each(f));
+/// Calls `f(i, item)` for every item i, each a piece of work that pays for a thread, with the threads
+/// of the pool: successive items by one thread where that is no slower.
+pub(crate) fn for_each<T: Send>(items: &mut [T], f: impl Fn(usize, &mut T) + Sync) {
+    pool().for_each(items, f);
 }
 
 /// How many of `items` equal pieces of `work` one task takes.
 pub(crate) fn chunk_len(items: usize, work: usize) -> usize {
-    let pool = pool();
-    if pool.threads == 1 || work < MIN_PARALLEL_WORK {
+    let threads = num_threads();
+    if threads == 1 || work < MIN_PARALLEL_WORK {
         return items;
     }
-    let tasks = (pool.threads * TASKS_PER_THREAD).min(work / (MIN_PARALLEL_WORK / 4));
+    let tasks = (threads * TASKS_PER_THREAD).min(work / (MIN_PARALLEL_WORK / 4));
     items.div_ceil(tasks.max(1))
 }
 
@@ -107,18 +85,6 @@ fn pool() -> Arc<Pool> {
         pool.get_or_insert_with(|| Arc::new(Pool::new(default_threads())))
             .clone()
     })
-}
-
-impl Pool {
-    fn new(threads: usize) -> Self {
-        let rayon = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("phi3-kernels-{i}"))
-            .build()
-            .ok();
-        let threads = if rayon.is_some() { threads } else { 1 };
-        Pool { threads, rayon }
-    }
 }
 
 fn default_threads() -> usize {
@@ -179,14 +145,12 @@ mod tests {
     }
 
     #[test]
-    fn kernels_inside_parallel_do_not_deadlock() {
+    fn kernels_inside_tasks_do_not_deadlock() {
         let calls = AtomicUsize::new(0);
-        parallel(|| {
-            (0..8).into_par_iter().for_each(|_| {
-                let mut out = vec![0.0; 64];
-                for_each_part(&mut out, 1, usize::MAX, |_, part| {
-                    calls.fetch_add(part.len(), Ordering::Relaxed);
-                });
+        for_each(&mut [(); 8], |_, ()| {
+            let mut out = vec![0.0; 64];
+            for_each_part(&mut out, 1, usize::MAX, |_, part| {
+                calls.fetch_add(part.len(), Ordering::Relaxed);
             });
         });
         assert_eq!(calls.into_inner(), 8 * 64);

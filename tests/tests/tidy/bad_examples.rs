@@ -47,7 +47,7 @@ fn complains(complaints: &[String], expected: &[&str]) {
 #[test]
 fn edges() {
     let crates = [
-        member("crates/phi3-kernels", &[("rayon", false)]),
+        member("crates/phi3-kernels", &[("half", false)]),
         member(
             "crates/phi3-nn",
             &[("phi3-kernels", false), ("phi3-hub", true)],

@@ -81,7 +81,7 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
         }
     }
     if threads::chunk_len(pieces.len(), work) < pieces.len() {
-        threads::for_each(&mut pieces, |piece| piece.run(backend));
+        threads::for_each(&mut pieces, |_, piece| piece.run(backend));
     } else {
         pieces.iter_mut().for_each(|piece| piece.run(backend));
     }

@@ -19,9 +19,7 @@ mod k_affine;
 mod k_symmetric;
 mod symmetric;
 
-use rayon::prelude::*;
-
-use crate::{BlockType, ShapeError, parallel};
+use crate::{BlockType, ShapeError, threads};
 
 /// Magnitude to which weights of quantized types are clipped: the largest half, so that every
 /// factor of a block is finite.
@@ -88,14 +86,13 @@ pub fn quantize(
     }
     // Enough weights that a task is worth its start.
     let rows_per_task = ((1 << 14) / cols).max(1);
-    parallel(|| {
-        x.par_chunks(rows_per_task * cols)
-            .zip(out.par_chunks_mut(rows_per_task * row_bytes))
-            .for_each(|(x, out)| {
-                for (x, out) in x.chunks(cols).zip(out.chunks_mut(row_bytes)) {
-                    row(block_type, x, importance.as_deref(), out);
-                }
-            });
+    let tasks = x
+        .chunks(rows_per_task * cols)
+        .zip(out.chunks_mut(rows_per_task * row_bytes));
+    threads::for_each(&mut tasks.collect::<Vec<_>>(), |_, (x, out)| {
+        for (x, out) in x.chunks(cols).zip(out.chunks_mut(row_bytes)) {
+            row(block_type, x, importance.as_deref(), out);
+        }
     });
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! The specification as a backend.
 
 use super::attention;
-use crate::MatrixRef;
 use crate::activations::Quantized;
 use crate::backend::{Kernels, Rows, Tokens, numbered};
+use crate::{BlockType, MatrixRef};
 
 /// Portable Rust, which every processor runs.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ impl Kernels for Scalar {
         self
     }
 
-    fn column_block(&self, _: usize) -> Option<usize> {
+    fn column_block(&self, _: usize, _: BlockType) -> Option<usize> {
         None
     }
 

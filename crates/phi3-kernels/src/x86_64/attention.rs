@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::tile::{self, Element, LANES, store_lanes};
+use super::tile::{self, Element, LANES, RegisterTile, SixRows, store_lanes};
 use super::vector::{load_f32, store_f32};
 use super::{Avx2, many};
 use crate::backend::{Rows, numbered};
@@ -17,6 +17,62 @@ const MANY_ROWS: usize = 5;
 /// other are the sixteen registers.
 const BLOCK_ROWS: usize = 3;
 
+/// `Kernels::scores`, many queries by the tile `T`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scores<T: RegisterTile>(
+    q: &[f32],
+    keys: &[Rows<'_>],
+    d: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let few = q.len() < MANY_ROWS * d;
+    match keys.first() {
+        None => {}
+        Some(Rows::F32(_)) if !few => many::scores::<T, f32>(q, keys, d, out, stride),
+        Some(Rows::F16(_)) if !few => many::scores::<T, u16>(q, keys, d, out, stride),
+        Some(_) => {
+            for (first, keys) in numbered(keys, d) {
+                let out = &mut out[first..];
+                match keys {
+                    Rows::F32(keys) => few_scores(q, keys, d, out, stride),
+                    Rows::F16(keys) => few_scores(q, keys, d, out, stride),
+                }
+            }
+        }
+    }
+}
+
+/// `Kernels::weighted_sum`, many rows by the tile `T`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn weighted_sum<T: RegisterTile>(
+    weights: &[f32],
+    stride: usize,
+    values: &[Rows<'_>],
+    d: usize,
+    acc: &mut [f32],
+) {
+    let few = acc.len() < MANY_ROWS * d;
+    match values.first() {
+        None => {}
+        Some(Rows::F32(_)) if !few => {
+            many::weighted_sum::<T, f32>(weights, stride, values, d, acc);
+        }
+        Some(Rows::F16(_)) if !few => {
+            many::weighted_sum::<T, u16>(weights, stride, values, d, acc);
+        }
+        Some(_) => {
+            for (first, values) in numbered(values, d) {
+                let weights = &weights[first..];
+                match values {
+                    Rows::F32(values) => few_sums(weights, stride, values, d, acc),
+                    Rows::F16(values) => few_sums(weights, stride, values, d, acc),
+                }
+            }
+        }
+    }
+}
+
 impl Avx2 {
     pub(crate) fn scores(
         self,
@@ -26,24 +82,8 @@ impl Avx2 {
         out: &mut [f32],
         stride: usize,
     ) {
-        let few = q.len() < MANY_ROWS * d;
         // SAFETY: `self` exists only where `new` detected the features.
-        unsafe {
-            match keys.first() {
-                None => {}
-                Some(Rows::F32(_)) if !few => many::scores::<f32>(q, keys, d, out, stride),
-                Some(Rows::F16(_)) if !few => many::scores::<u16>(q, keys, d, out, stride),
-                Some(_) => {
-                    for (first, keys) in numbered(keys, d) {
-                        let out = &mut out[first..];
-                        match keys {
-                            Rows::F32(keys) => scores(q, keys, d, out, stride),
-                            Rows::F16(keys) => scores(q, keys, d, out, stride),
-                        }
-                    }
-                }
-            }
-        }
+        unsafe { scores::<SixRows>(q, keys, d, out, stride) }
     }
 
     pub(crate) fn exponentials(self, scores: &mut [f32]) -> (f32, f32) {
@@ -59,28 +99,8 @@ impl Avx2 {
         d: usize,
         acc: &mut [f32],
     ) {
-        let few = acc.len() < MANY_ROWS * d;
         // SAFETY: `self` exists only where `new` detected the features.
-        unsafe {
-            match values.first() {
-                None => {}
-                Some(Rows::F32(_)) if !few => {
-                    many::weighted_sum::<f32>(weights, stride, values, d, acc);
-                }
-                Some(Rows::F16(_)) if !few => {
-                    many::weighted_sum::<u16>(weights, stride, values, d, acc);
-                }
-                Some(_) => {
-                    for (first, values) in numbered(values, d) {
-                        let weights = &weights[first..];
-                        match values {
-                            Rows::F32(values) => weighted_sum(weights, stride, values, d, acc),
-                            Rows::F16(values) => weighted_sum(weights, stride, values, d, acc),
-                        }
-                    }
-                }
-            }
-        }
+        unsafe { weighted_sum::<SixRows>(weights, stride, values, d, acc) }
     }
 
     pub(crate) fn prefetch(self, rows: Rows<'_>) {
@@ -102,7 +122,7 @@ impl Avx2 {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scores<E: Element>(q: &[f32], keys: &[E], d: usize, out: &mut [f32], stride: usize) {
+fn few_scores<E: Element>(q: &[f32], keys: &[E], d: usize, out: &mut [f32], stride: usize) {
     match q.len() / d {
         1 => score_rows::<E, 1>(q, keys, d, out, stride),
         2 => score_rows::<E, 2>(q, keys, d, out, stride),
@@ -112,7 +132,7 @@ fn scores<E: Element>(q: &[f32], keys: &[E], d: usize, out: &mut [f32], stride: 
     }
 }
 
-/// [`scores`] of `R` queries.
+/// [`few_scores`] of `R` queries.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn score_rows<E: Element, const R: usize>(
     q: &[f32],
@@ -256,13 +276,7 @@ fn next_block(rows: usize) -> usize {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn weighted_sum<E: Element>(
-    weights: &[f32],
-    stride: usize,
-    values: &[E],
-    d: usize,
-    acc: &mut [f32],
-) {
+fn few_sums<E: Element>(weights: &[f32], stride: usize, values: &[E], d: usize, acc: &mut [f32]) {
     let n = values.len() / d;
     let values = values.as_chunks::<LANES>().0;
     let per_row = d / LANES;
@@ -293,7 +307,7 @@ fn weighted_sum<E: Element>(
     }
 }
 
-/// Vectors `first..first + C` of [`weighted_sum`] for `R` rows; returns `C`.
+/// Vectors `first..first + C` of [`few_sums`] for `R` rows; returns `C`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn add_rows<E: Element, const R: usize, const C: usize>(

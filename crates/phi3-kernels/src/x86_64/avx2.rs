@@ -6,7 +6,8 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::{float, int8};
+use super::tile::SixRows;
+use super::{dots, float, int8};
 use crate::activations::Quantized;
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef, scalar};
@@ -36,7 +37,13 @@ impl Avx2 {
         out: &mut [&mut [f32]],
     ) {
         // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { float::matmul_rows(x, w, first_row, out) }
+        unsafe {
+            if dots::covers(out.len(), w.block_type()) {
+                dots::avx2_rows(x, w, first_row, out);
+            } else {
+                float::matmul_rows::<SixRows>(x, w, first_row, out);
+            }
+        }
     }
 
     /// [`scalar::quick_gelu`], compiled for wider vectors.

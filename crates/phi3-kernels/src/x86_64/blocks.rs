@@ -62,7 +62,7 @@ pub(super) const fn sums_in_i16(id: u32) -> usize {
 }
 
 /// Where the quantized weights of a block of 32 begin.
-const fn quants_at(id: u32) -> usize {
+pub(super) const fn quants_at(id: u32) -> usize {
     match id {
         Q4_1 => 4,
         Q5_0 => 6,
@@ -307,18 +307,23 @@ fn wide(first: u32, second: u32) -> __m256i {
     _mm256_broadcastsi128_si256(words)
 }
 
+/// Where the four bytes of a block of `bytes` bytes are that hold d and then the factor of the minimum,
+/// or d as the second of both.
+pub(super) const fn factors_at(id: u32, bytes: usize) -> (usize, bool) {
+    match id {
+        Q2_K => (80, false),
+        Q3_K | Q6_K => (bytes - 4, true),
+        _ => (0, false),
+    }
+}
+
 /// The factors d of eight blocks, and those of their minima, which mean nothing for types without.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 pub(super) fn eight_factors<const ID: u32, const BYTES: usize>(
     blocks: [&[u8; BYTES]; 8],
 ) -> (__m256, __m256) {
-    // Four bytes that hold d and then the factor of the minimum, or d as the second of both.
-    let (at, d_is_second) = match ID {
-        Q2_K => (80, false),
-        Q3_K | Q6_K => (BYTES - 4, true),
-        _ => (0, false),
-    };
+    let (at, d_is_second) = factors_at(ID, BYTES);
     // Interleaving whole registers takes fewer steps than inserting numbers one by one.
     let mut both = [_mm_setzero_si128(); 8];
     for i in 0..8 {
@@ -392,7 +397,7 @@ fn iq4_nl_table() -> __m256i {
 }
 
 #[inline(always)]
-fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+pub(super) fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..]
         .first_chunk()
         .expect("every caller's offset leaves N bytes in its block")

@@ -1,8 +1,8 @@
 //! Products with f32 activations: of float weights, and of any type where rows are narrow.
 //!
 //! A lane is a row. 256 columns of sixteen rows are decoded and turned, so that sixteen weights
-//! of a column lie side by side, and multiplied with six tokens at a time: twelve sums, two
-//! vectors of weights and one of activations. A sum goes through the columns of a block one by
+//! of a column lie side by side, and multiplied with the tokens of a
+//! [register tile](RegisterTile) at a time. A sum goes through the columns of a block one by
 //! one, by fused multiply-adds from zero on, and the blocks are added in order: the same for one
 //! token and for many. One token takes the weights from the registers in which they were turned.
 //!
@@ -19,7 +19,7 @@ use std::arch::x86_64::*;
 
 use super::avx2::decode;
 use super::narrow;
-use super::tile::{self, Lanes};
+use super::tile::{self, Lanes, MAX_ROWS, RegisterTile};
 use super::vector::{halves, load, load_f32, prefetch, store_f32, transpose, transpose_words};
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
@@ -31,10 +31,8 @@ const PANEL_ROWS: usize = 16;
 /// Panels that a chunk of tokens goes through, one after another: 256 KiB, in the second-level
 /// cache beside this chunk and the next.
 const PANELS: usize = 16;
-/// Tokens of a tile.
-const TILE: usize = tile::ROWS;
-/// Tiles of a chunk: 36 KiB of a block of columns.
-const CHUNK: usize = 6;
+/// Tokens of a chunk: 36 KiB of a block of columns.
+const CHUNK: usize = 36;
 /// Tokens up to which weights are better read in one stream, a panel at a time.
 const FEW_TOKENS: usize = 6;
 
@@ -43,18 +41,18 @@ type Panel = [Lanes; BLOCK];
 
 /// `out[t][i] = x[t] · w[first_row + i]`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn matmul_rows(
+pub(super) fn matmul_rows<T: RegisterTile>(
     x: &Tokens<'_>,
     w: MatrixRef<'_>,
     first_row: usize,
     out: &mut [&mut [f32]],
 ) {
     match w.block_type() {
-        BlockType::F32 => products::<Single, 32>(x, w, first_row, out),
-        BlockType::F16 => products::<Half, 16>(x, w, first_row, out),
-        BlockType::BF16 => products::<Brain, 16>(x, w, first_row, out),
+        BlockType::F32 => products::<T, Single, 32>(x, w, first_row, out),
+        BlockType::F16 => products::<T, Half, 16>(x, w, first_row, out),
+        BlockType::BF16 => products::<T, Brain, 16>(x, w, first_row, out),
         // Decoded before.
-        _ => products::<Single, 32>(x, w, first_row, out),
+        _ => products::<T, Single, 32>(x, w, first_row, out),
     }
 }
 
@@ -175,7 +173,7 @@ fn turn_words(rows: &Rows<'_, 16>, at: usize) -> [__m256i; 8] {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn products<E: Eight<BYTES>, const BYTES: usize>(
+fn products<T: RegisterTile, E: Eight<BYTES>, const BYTES: usize>(
     x: &Tokens<'_>,
     w: MatrixRef<'_>,
     first_row: usize,
@@ -233,14 +231,15 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
             }
             let x = &x.blocks.expect("`column_block` asks for them")[first_col * n..];
             let (x, after) = x.as_chunks::<BLOCK>().0.split_at(n);
-            let tiles = n.div_ceil(TILE);
+            let tiles = n.div_ceil(T::ROWS);
             // Tiles of nearly the same size; behind them come those of the next block.
             let tokens = |tile: usize| tile * n / tiles..(tile + 1) * n / tiles;
             let tokens_ahead = |tile: usize| match tile.checked_sub(tiles) {
                 None => &x[tokens(tile)],
                 Some(tile) => after.get(tokens(tile)).unwrap_or_default(),
             };
-            for chunk in (0..tiles).step_by(CHUNK) {
+            let in_chunk = CHUNK / T::ROWS;
+            for chunk in (0..tiles).step_by(in_chunk) {
                 for (p, panel) in turned.iter().enumerate() {
                     let start = start + p * PANEL_ROWS;
                     let rows = start..end.min(start + PANEL_ROWS);
@@ -248,13 +247,13 @@ fn products<E: Eight<BYTES>, const BYTES: usize>(
                         break;
                     }
                     let panel = &panel[..cols.len()];
-                    for tile in chunk..tiles.min(chunk + CHUNK) {
-                        ask_for_share(tokens_ahead(tile + CHUNK), p, panels);
+                    for tile in chunk..tiles.min(chunk + in_chunk) {
+                        ask_for_share(tokens_ahead(tile + in_chunk), p, panels);
                         let (x, out) = (&x[tokens(tile)], &mut out[tokens(tile)]);
                         for out in out.iter() {
                             ask_for(&out[rows.clone()]);
                         }
-                        add_tile(panel, x, first_col == 0, out, rows.clone());
+                        add_tile::<T>(panel, x, first_col == 0, out, rows.clone());
                     }
                 }
             }
@@ -456,42 +455,23 @@ fn add_column(lanes: [__m256; 2], x: f32, sums: [__m256; 2]) -> [__m256; 2] {
     ]
 }
 
-/// Adds the products of a panel with up to six tokens to `rows` of their outputs; `first`: overwrites
-/// them.
+/// Adds the products of a panel with the tokens of a tile to `rows` of their outputs; `first`:
+/// overwrites them.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add_tile(
+fn add_tile<T: RegisterTile>(
     panel: &[Lanes],
     x: &[[f32; BLOCK]],
     first: bool,
     out: &mut [&mut [f32]],
     rows: std::ops::Range<usize>,
 ) {
-    match x.len() {
-        6 => add_tokens::<6>(panel, x, first, out, rows),
-        5 => add_tokens::<5>(panel, x, first, out, rows),
-        4 => add_tokens::<4>(panel, x, first, out, rows),
-        3 => add_tokens::<3>(panel, x, first, out, rows),
-        2 => add_tokens::<2>(panel, x, first, out, rows),
-        _ => add_tokens::<1>(panel, x, first, out, rows),
-    }
-}
-
-/// [`add_tile`] of `T` tokens.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_tokens<const T: usize>(
-    panel: &[Lanes],
-    x: &[[f32; BLOCK]],
-    first: bool,
-    out: &mut [&mut [f32]],
-    rows: std::ops::Range<usize>,
-) {
-    let mut tokens = [&[][..]; T];
-    for t in 0..T {
-        tokens[t] = &x[t];
-    }
-    let sums = tile::multiply(panel, tokens, tile::zeros());
-    for t in 0..T {
-        add(sums[t], first, &mut out[t][rows.clone()]);
+    let mut sums = [Lanes::ZERO; MAX_ROWS];
+    let sums = &mut sums[..x.len()];
+    // SAFETY: `matmul_rows` is called where the processor has the instructions of the tile.
+    unsafe { T::multiply(panel, x.as_flattened(), BLOCK, sums) };
+    for (out, Lanes([low, high])) in out.iter_mut().zip(sums) {
+        let sums = [load_f32(low), load_f32(high)];
+        add(sums, first, &mut out[rows.clone()]);
     }
 }

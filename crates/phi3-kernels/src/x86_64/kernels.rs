@@ -1,11 +1,12 @@
 //! What the backends for x86-64 give.
 
-use super::float::BLOCK;
-use super::{Avx2, Avx512Vnni, AvxVnni, vnni};
-use crate::MatrixRef;
+use super::avx512::{self, TwelveRows};
+use super::float::{self, BLOCK};
+use super::{Avx2, Avx512Vnni, AvxVnni, attention, dots, vnni};
 use crate::activations::Quantized;
 use crate::backend::{Kernels, Rows, Tokens};
 use crate::scalar::Scalar;
+use crate::{BlockType, MatrixRef};
 
 impl Kernels for Avx2 {
     fn name(&self) -> &'static str {
@@ -16,8 +17,8 @@ impl Kernels for Avx2 {
         &Scalar
     }
 
-    fn column_block(&self, n: usize) -> Option<usize> {
-        (n > 1).then_some(BLOCK)
+    fn column_block(&self, n: usize, block_type: BlockType) -> Option<usize> {
+        (n > 1 || dots::covers(n, block_type)).then_some(BLOCK)
     }
 
     fn matmul_rows(
@@ -96,11 +97,15 @@ impl Kernels for AvxVnni {
     }
 
     fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
-        vnni::int8_rows(*self, x, w, first_row, out);
+        if x.n <= vnni::AVX2_TOKENS {
+            self.avx2.int8_rows(x, w, first_row, out);
+        } else {
+            vnni::int8_rows(*self, x, w, first_row, out);
+        }
     }
 }
 
-/// AVX2, and products with many tokens by VNNI in vectors of 512 bits.
+/// AVX2, and what vectors of 512 bits make faster.
 impl Kernels for Avx512Vnni {
     fn name(&self) -> &'static str {
         "avx512-vnni"
@@ -110,7 +115,41 @@ impl Kernels for Avx512Vnni {
         &self.avx2
     }
 
+    fn matmul_rows(
+        &self,
+        x: &Tokens<'_>,
+        w: MatrixRef<'_>,
+        first_row: usize,
+        out: &mut [&mut [f32]],
+    ) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe {
+            if dots::covers(out.len(), w.block_type()) {
+                dots::avx512_rows(x, w, first_row, out);
+            } else {
+                float::matmul_rows::<TwelveRows>(x, w, first_row, out);
+            }
+        }
+    }
+
     fn int8_rows(&self, x: &Quantized, w: MatrixRef<'_>, first_row: usize, out: &mut [&mut [f32]]) {
-        vnni::int8_rows(*self, x, w, first_row, out);
+        avx512::int8_rows(*self, x, w, first_row, out);
+    }
+
+    fn scores(&self, q: &[f32], keys: &[Rows<'_>], d: usize, out: &mut [f32], stride: usize) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { attention::scores::<TwelveRows>(q, keys, d, out, stride) }
+    }
+
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        values: &[Rows<'_>],
+        d: usize,
+        acc: &mut [f32],
+    ) {
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { attention::weighted_sum::<TwelveRows>(weights, stride, values, d, acc) }
     }
 }

@@ -2,8 +2,6 @@
 
 use std::sync::OnceLock;
 
-use rayon::prelude::*;
-
 use crate::activations::{Quantized, SUM_GROUP};
 use crate::threads;
 
@@ -37,7 +35,7 @@ pub(super) struct Octet {
 
 /// A group of 256 of one token.
 #[derive(Clone, Copy, Debug)]
-#[repr(C, align(32))]
+#[repr(C, align(64))]
 pub(super) struct Superblock {
     pub(super) values: [[i8; 32]; 8],
     /// Sums of sixteen values, the even ones before the odd ones.
@@ -239,11 +237,12 @@ fn in_tiles<T: Copy + Send>(
                 fill_tile(class, tile, out);
             }
         } else {
-            threads::parallel(|| {
-                let tiles = of_class.par_chunks_exact_mut(len).enumerate();
-                tiles
-                    .with_min_len(PARALLEL_TILES / 2)
-                    .for_each(|(tile, out)| fill_tile(class, tile, out));
+            let at_once = PARALLEL_TILES / 2;
+            let mut parts: Vec<&mut [T]> = of_class.chunks_mut(at_once * len).collect();
+            threads::for_each(&mut parts, |i, part| {
+                for (tile, out) in part.chunks_exact_mut(len).enumerate() {
+                    fill_tile(class, i * at_once + tile, out);
+                }
             });
         }
     }

@@ -1,17 +1,12 @@
 //! Attention's products for many queries at once, as in a prompt.
 //!
-//! Sixteen keys are turned, so that a lane is a key, and all queries go through them in tiles of
-//! six; of the values, sixteen columns of a block of keys lie together, and a lane is a column.
+//! Sixteen keys are turned, so that a lane is a key, and all queries go through them in
+//! [tiles](RegisterTile); of the values, sixteen columns of a block of keys lie together, and a lane is a column.
 //! Either way half precision is widened once for all rows. A sum goes through its products one by
 //! one, as in [`attention`](super::attention), which does the same for few queries.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index into several arrays; closures in iterators would lose the target features"
-)]
-
-use super::tile::{self, Element, LANES, Lanes, load_lanes, multiply, store_lanes};
-use super::vector::{load_f32, store_f32};
+use super::tile::{self, Element, LANES, Lanes, MAX_ROWS, RegisterTile};
+use super::vector::store_f32;
 use crate::backend::Rows;
 
 /// Keys of a panel.
@@ -26,7 +21,7 @@ const VALUE_KEYS: usize = 256;
 
 /// `out[r * stride + j] = q[r] · keys[j]`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn scores<E: Element>(
+pub(super) fn scores<T: RegisterTile, E: Element>(
     q: &[f32],
     keys: &[Rows<'_>],
     d: usize,
@@ -42,17 +37,10 @@ pub(super) fn scores<E: Element>(
     for keys in panels {
         let wanted = keys.len() / d;
         turn(keys, d, &mut panel);
-        for (start, end) in tile::cuts(rows) {
+        for (start, end) in tile::cuts::<T>(rows) {
             let q = &q[start * d..end * d];
             let out = &mut out[start * stride + j..];
-            match end - start {
-                6 => score_tile::<6>(&panel, q, out, stride, wanted),
-                5 => score_tile::<5>(&panel, q, out, stride, wanted),
-                4 => score_tile::<4>(&panel, q, out, stride, wanted),
-                3 => score_tile::<3>(&panel, q, out, stride, wanted),
-                2 => score_tile::<2>(&panel, q, out, stride, wanted),
-                _ => score_tile::<1>(&panel, q, out, stride, wanted),
-            }
+            score_tile::<T>(&panel, q, out, stride, wanted);
         }
         j += wanted;
     }
@@ -73,10 +61,9 @@ fn turn<E: Element>(keys: &[E], d: usize, panel: &mut [Lanes]) {
     }
 }
 
-/// The products of `R` queries with the keys of a panel, of which `wanted` are kept.
+/// The products of the queries of a tile with the keys of a panel, of which `wanted` are kept.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[inline(never)]
-fn score_tile<const R: usize>(
+fn score_tile<T: RegisterTile>(
     panel: &[Lanes],
     q: &[f32],
     out: &mut [f32],
@@ -84,26 +71,24 @@ fn score_tile<const R: usize>(
     wanted: usize,
 ) {
     let d = panel.len();
-    let mut rows = [&[][..]; R];
-    for r in 0..R {
-        rows[r] = &q[r * d..][..d];
-    }
-    let sums = multiply(panel, rows, tile::zeros());
+    let mut sums = [Lanes::ZERO; MAX_ROWS];
+    let sums = &mut sums[..q.len() / d];
+    // SAFETY: `scores` is called where the processor has the instructions of the tile.
+    unsafe { T::multiply(panel, q, d, sums) };
     if wanted == PANEL_KEYS {
-        for r in 0..R {
-            let out = tile::lanes_mut(out, r * stride);
-            *out = [store_f32(sums[r][0]), store_f32(sums[r][1])];
+        for (r, Lanes(sums)) in sums.iter().enumerate() {
+            *tile::lanes_mut(out, r * stride) = *sums;
         }
     } else {
-        for r in 0..R {
-            store_lanes(&mut out[r * stride..], wanted, sums[r]);
+        for (r, Lanes(sums)) in sums.iter().enumerate() {
+            out[r * stride..][..wanted].copy_from_slice(&sums.as_flattened()[..wanted]);
         }
     }
 }
 
 /// `acc[r] += sum_j weights[r * stride + j] * values[j]`, in the order of j.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn weighted_sum<E: Element>(
+pub(super) fn weighted_sum<T: RegisterTile, E: Element>(
     weights: &[f32],
     stride: usize,
     values: &[Rows<'_>],
@@ -112,15 +97,15 @@ pub(super) fn weighted_sum<E: Element>(
 ) {
     // A large panel would take its time even where it stays empty.
     match values.iter().map(|part| part.count(d)).sum() {
-        ..=16 => weighted_sum_by::<E, 16>(weights, stride, values, d, acc),
-        17..=64 => weighted_sum_by::<E, 64>(weights, stride, values, d, acc),
-        _ => weighted_sum_by::<E, VALUE_KEYS>(weights, stride, values, d, acc),
+        ..=16 => weighted_sum_by::<T, E, 16>(weights, stride, values, d, acc),
+        17..=64 => weighted_sum_by::<T, E, 64>(weights, stride, values, d, acc),
+        _ => weighted_sum_by::<T, E, VALUE_KEYS>(weights, stride, values, d, acc),
     }
 }
 
 /// [`weighted_sum`] by so many keys at once.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn weighted_sum_by<E: Element, const KEYS: usize>(
+fn weighted_sum_by<T: RegisterTile, E: Element, const KEYS: usize>(
     weights: &[f32],
     stride: usize,
     values: &[Rows<'_>],
@@ -138,7 +123,7 @@ fn weighted_sum_by<E: Element, const KEYS: usize>(
             pieces.push(piece);
             (rest, keys) = (after, keys + piece.len() / d);
             if keys == KEYS {
-                add_pieces(&weights[first_key..], stride, &pieces, d, &mut panel, acc);
+                add_pieces::<T, E>(&weights[first_key..], stride, &pieces, d, &mut panel, acc);
                 pieces.clear();
                 (first_key, keys) = (first_key + KEYS, 0);
             }
@@ -146,13 +131,13 @@ fn weighted_sum_by<E: Element, const KEYS: usize>(
     }
     if keys > 0 {
         let panel = &mut panel[..keys];
-        add_pieces(&weights[first_key..], stride, &pieces, d, panel, acc);
+        add_pieces::<T, E>(&weights[first_key..], stride, &pieces, d, panel, acc);
     }
 }
 
 /// [`weighted_sum`] of the values of a panel.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_pieces<E: Element>(
+fn add_pieces<T: RegisterTile, E: Element>(
     weights: &[f32],
     stride: usize,
     values: &[&[E]],
@@ -168,17 +153,10 @@ fn add_pieces<E: Element>(
             gather(piece, d, first, own);
             panel_rows = after;
         }
-        for (start, end) in tile::cuts(rows) {
+        for (start, end) in tile::cuts::<T>(rows) {
             let weights = &weights[start * stride..];
-            let acc = &mut acc[start * d + first..];
-            match end - start {
-                6 => sum_tile::<6>(panel, weights, stride, acc, d, first),
-                5 => sum_tile::<5>(panel, weights, stride, acc, d, first),
-                4 => sum_tile::<4>(panel, weights, stride, acc, d, first),
-                3 => sum_tile::<3>(panel, weights, stride, acc, d, first),
-                2 => sum_tile::<2>(panel, weights, stride, acc, d, first),
-                _ => sum_tile::<1>(panel, weights, stride, acc, d, first),
-            }
+            let acc = &mut acc[start * d..end * d];
+            sum_tile::<T>(panel, weights, stride, acc, d, first);
         }
     }
 }
@@ -201,10 +179,9 @@ fn gather<E: Element>(values: &[E], d: usize, first: usize, panel: &mut [Lanes])
     }
 }
 
-/// The columns of a panel, of `R` rows: `acc` starts with that of the first of them.
+/// The columns of a panel, those from column `first` of `acc` on, for the rows of a tile.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[inline(never)]
-fn sum_tile<const R: usize>(
+fn sum_tile<T: RegisterTile>(
     panel: &[Lanes],
     weights: &[f32],
     stride: usize,
@@ -212,29 +189,29 @@ fn sum_tile<const R: usize>(
     d: usize,
     first: usize,
 ) {
-    let mut rows = [&[][..]; R];
-    for r in 0..R {
-        rows[r] = &weights[r * stride..][..panel.len()];
-    }
-    let mut sums = tile::zeros::<R>();
-    if d - first >= PANEL_COLUMNS {
-        for r in 0..R {
-            let [low, high] = tile::lanes_mut(acc, r * d);
-            sums[r] = [load_f32(low), load_f32(high)];
-        }
-        sums = multiply(panel, rows, sums);
-        for r in 0..R {
-            let acc = tile::lanes_mut(acc, r * d);
-            *acc = [store_f32(sums[r][0]), store_f32(sums[r][1])];
+    let mut sums = [Lanes::ZERO; MAX_ROWS];
+    let sums = &mut sums[..acc.len() / d];
+    let columns = PANEL_COLUMNS.min(d - first);
+    if columns == PANEL_COLUMNS {
+        for (r, Lanes(sums)) in sums.iter_mut().enumerate() {
+            *sums = *tile::lanes_mut(acc, r * d + first);
         }
     } else {
-        let columns = d - first;
-        for r in 0..R {
-            sums[r] = load_lanes(&acc[r * d..], columns);
+        for (r, Lanes(sums)) in sums.iter_mut().enumerate() {
+            let acc = &acc[r * d + first..][..columns];
+            sums.as_flattened_mut()[..columns].copy_from_slice(acc);
         }
-        sums = multiply(panel, rows, sums);
-        for r in 0..R {
-            store_lanes(&mut acc[r * d..], columns, sums[r]);
+    }
+    // SAFETY: `weighted_sum` is called where the processor has the instructions of the tile.
+    unsafe { T::multiply(panel, weights, stride, sums) };
+    if columns == PANEL_COLUMNS {
+        for (r, Lanes(sums)) in sums.iter().enumerate() {
+            *tile::lanes_mut(acc, r * d + first) = *sums;
+        }
+    } else {
+        for (r, Lanes(sums)) in sums.iter().enumerate() {
+            let acc = &mut acc[r * d + first..][..columns];
+            acc.copy_from_slice(&sums.as_flattened()[..columns]);
         }
     }
 }

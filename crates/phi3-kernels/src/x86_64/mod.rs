@@ -2,8 +2,10 @@
 
 mod attention;
 mod avx2;
+mod avx512;
 mod blocks;
 mod cache;
+mod dots;
 mod float;
 mod gemm;
 mod gemv;
@@ -21,7 +23,8 @@ mod vnni;
 mod wide;
 
 pub(crate) use avx2::Avx2;
+pub(crate) use avx512::Avx512Vnni;
 pub(crate) use layouts::Layouts;
+pub(crate) use vnni::AvxVnni;
 #[cfg(test)]
 pub(crate) use vnni::Emulated;
-pub(crate) use vnni::{Avx512Vnni, AvxVnni};

@@ -70,11 +70,24 @@ impl<'a, const BYTES: usize> PanelRows<'a, BYTES> {
     /// Block `block` of the eight rows of a half.
     #[inline(always)]
     pub(super) fn eight(&self, half: usize, block: usize) -> [&'a [u8; BYTES]; 8] {
+        assert!(half < 2, "a half of the rows");
+        self.some(8 * half, block)
+    }
+
+    /// Block `block` of all rows.
+    #[inline(always)]
+    pub(super) fn sixteen(&self, block: usize) -> [&'a [u8; BYTES]; PANEL_ROWS] {
+        self.some(0, block)
+    }
+
+    /// Block `block` of `N` rows from row `first` of the panel on.
+    #[inline(always)]
+    fn some<const N: usize>(&self, first: usize, block: usize) -> [&'a [u8; BYTES]; N] {
         assert!(block < self.blocks, "a block of the rows");
         std::array::from_fn(|i| {
-            let row = self.rows[8 * half + i];
+            let row = self.rows[first + i];
             // SAFETY: no row has fewer than `blocks` blocks, and `block` was checked above: once
-            // for eight rows, because eight checks take as long as unpacking.
+            // for all rows, because a check for each takes as long as unpacking.
             unsafe { row.get_unchecked(block) }
         })
     }

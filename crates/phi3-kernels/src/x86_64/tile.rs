@@ -1,5 +1,6 @@
-//! The register tile of f32 products: up to six rows of one operand times sixteen lanes of the
-//! other. Twelve sums, two vectors of lanes and one number of a row are fifteen of sixteen
+//! The register tile of f32 products: some rows of one operand times sixteen lanes of the other.
+//!
+//! With AVX2 six rows: twelve sums, two vectors of lanes and one number of a row are fifteen of sixteen
 //! registers; each step does twelve multiply-adds with eight loads, which leaves the two
 //! multipliers as the limit.
 
@@ -12,8 +13,59 @@ use super::vector::{from_f16, halves_f16, load_f32, store_f32, transpose, transp
 /// Lanes of a vector of f32.
 pub(super) const LANES: usize = 8;
 
-/// Rows of a full tile.
-pub(super) const ROWS: usize = 6;
+/// The register tile of an instruction set.
+pub(super) trait RegisterTile {
+    /// Rows of a full tile, at most [`MAX_ROWS`].
+    const ROWS: usize;
+
+    /// `sums[r] += sum_c x[r * stride + c] * panel[c]`, by fused multiply-adds in the order of c, for
+    /// as many rows as there are sums, at most [`ROWS`](Self::ROWS).
+    ///
+    /// # Safety
+    /// The processor has the instructions of the tile.
+    unsafe fn multiply(panel: &[Lanes], x: &[f32], stride: usize, sums: &mut [Lanes]);
+}
+
+/// Rows of the largest tile.
+pub(super) const MAX_ROWS: usize = 12;
+
+/// The tile of AVX2 and FMA.
+pub(super) struct SixRows;
+
+impl RegisterTile for SixRows {
+    const ROWS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn multiply(panel: &[Lanes], x: &[f32], stride: usize, sums: &mut [Lanes]) {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe {
+            match sums.len() {
+                6 => multiply_rows::<6>(panel, x, stride, sums),
+                5 => multiply_rows::<5>(panel, x, stride, sums),
+                4 => multiply_rows::<4>(panel, x, stride, sums),
+                3 => multiply_rows::<3>(panel, x, stride, sums),
+                2 => multiply_rows::<2>(panel, x, stride, sums),
+                _ => multiply_rows::<1>(panel, x, stride, sums),
+            }
+        }
+    }
+}
+
+/// [`RegisterTile::multiply`] of `R` rows.
+#[target_feature(enable = "avx2,fma")]
+fn multiply_rows<const R: usize>(panel: &[Lanes], x: &[f32], stride: usize, sums: &mut [Lanes]) {
+    let mut rows = [&[][..]; R];
+    let mut registers = [[_mm256_setzero_ps(); 2]; R];
+    for r in 0..R {
+        rows[r] = &x[r * stride..][..panel.len()];
+        let Lanes([low, high]) = &sums[r];
+        registers[r] = [load_f32(low), load_f32(high)];
+    }
+    let registers = multiply(panel, rows, registers);
+    for r in 0..R {
+        sums[r] = Lanes([store_f32(registers[r][0]), store_f32(registers[r][1])]);
+    }
+}
 
 /// Sixteen rows by eights of elements.
 pub(super) type Eights<'a, E> = [&'a [[E; LANES]]; 2 * LANES];
@@ -151,21 +203,11 @@ impl Lanes {
 /// The sums of `R` rows.
 pub(super) type Sums<const R: usize> = [[__m256; 2]; R];
 
-/// `sums[r] += sum_c x[r][c] * panel[c]`, by fused multiply-adds in the order of c. The rows are as
-/// long as the panel, or longer.
+/// [`RegisterTile::multiply`] of rows as long as the panel.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-pub(super) fn multiply<const R: usize>(
-    panel: &[Lanes],
-    x: [&[f32]; R],
-    mut sums: Sums<R>,
-) -> Sums<R> {
+fn multiply<const R: usize>(panel: &[Lanes], rows: [&[f32]; R], mut sums: Sums<R>) -> Sums<R> {
     let steps = panel.len();
-    // Slices of one length, so that the loop needs no check.
-    let mut rows = [&[][..]; R];
-    for r in 0..R {
-        rows[r] = &x[r][..steps];
-    }
     let whole = steps - steps % UNROLLED;
     let done = if let (Ok(rows), Some(sums)) = (rows.as_slice().try_into(), same(&mut sums)) {
         multiply_6(&panel[..whole], rows, sums);
@@ -215,7 +257,7 @@ macro_rules! column {
 
 /// [`multiply`] for one number of rows, in assembly, because compilers keep some of the sums in memory or load
 /// too late: gcc's form of the same loop, in C, reached 65 % of what the multipliers can do, this one 97.
-macro_rules! multiply_rows {
+macro_rules! in_assembly {
     ($name:ident, $rows:literal: $($row:literal $x:literal $pointer:ident $low:ident $high:ident),*) => {
         #[target_feature(enable = "avx2,fma")]
         #[inline]
@@ -261,10 +303,10 @@ macro_rules! multiply_rows {
     };
 }
 
-multiply_rows!(multiply_6, 6:
+in_assembly!(multiply_6, 6:
     0 0 row0 low0 high0, 1 1 row1 low1 high1, 2 0 row2 low2 high2,
     3 1 row3 low3 high3, 4 0 row4 low4 high4, 5 1 row5 low5 high5);
-multiply_rows!(multiply_5, 5:
+in_assembly!(multiply_5, 5:
     0 0 row0 low0 high0, 1 1 row1 low1 high1, 2 0 row2 low2 high2,
     3 1 row3 low3 high3, 4 0 row4 low4 high4);
 
@@ -284,20 +326,6 @@ pub(super) fn eights<E>(of: &[E], d: usize) -> Eights<'_, E> {
     rows
 }
 
-/// The first `count` elements of `row`, up to sixteen; zeros behind them.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn load_lanes(row: &[f32], count: usize) -> [__m256; 2] {
-    if count == 2 * LANES
-        && let ([low, high, ..], _) = row.as_chunks()
-    {
-        return [load_f32(low), load_f32(high)];
-    }
-    let mut lanes = Lanes::ZERO;
-    lanes.0.as_flattened_mut()[..count].copy_from_slice(&row[..count]);
-    [load_f32(&lanes.0[0]), load_f32(&lanes.0[1])]
-}
-
 /// The first `count` lanes, up to sixteen, to the start of `row`.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -312,10 +340,10 @@ pub(super) fn store_lanes(row: &mut [f32], count: usize, [low, high]: [__m256; 2
     row[..count].copy_from_slice(&lanes.as_flattened()[..count]);
 }
 
-/// Where `n` rows are cut into the fewest tiles, of nearly the same size: the first rows of them
-/// and, last, `n`.
-pub(super) fn cuts(n: usize) -> impl Iterator<Item = (usize, usize)> {
-    let tiles = n.div_ceil(ROWS);
+/// Where `n` rows are cut into the fewest tiles, of nearly the same size: the first row of each and
+/// the one behind its last.
+pub(super) fn cuts<T: RegisterTile>(n: usize) -> impl Iterator<Item = (usize, usize)> {
+    let tiles = n.div_ceil(T::ROWS);
     (0..tiles).map(move |i| (i * n / tiles, (i + 1) * n / tiles))
 }
 

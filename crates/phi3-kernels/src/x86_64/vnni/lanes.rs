@@ -6,7 +6,6 @@
 )]
 
 use std::arch::x86_64::*;
-use std::mem::transmute;
 
 use super::{Integers, Part, TILE, Weights};
 use crate::x86_64::Avx2;
@@ -23,22 +22,6 @@ impl AvxVnni {
     pub(crate) fn new() -> Option<Self> {
         let avx2 = Avx2::new()?;
         is_x86_feature_detected!("avxvnni").then_some(Self { avx2 })
-    }
-}
-
-/// Proof that this processor has AVX-512F, its VNNI and what [`Avx2`] has.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512Vnni {
-    pub(in crate::x86_64) avx2: Avx2,
-}
-
-impl Avx512Vnni {
-    /// `None` on a processor that lacks one of them.
-    pub(crate) fn new() -> Option<Self> {
-        let avx2 = Avx2::new()?;
-        let detected =
-            is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
-        detected.then_some(Self { avx2 })
     }
 }
 
@@ -64,25 +47,6 @@ impl Vnni for AvxVnni {
             x: &[[[i32; TILE]; 8]],
         ) -> Integers {
             products::<_, SCALED>(AvxLanes(vnni), w, x)
-        }
-        // SAFETY: `self` exists only where `new` detected the features.
-        unsafe { with_vnni::<SCALED>(self, w, x) }
-    }
-}
-
-impl Vnni for Avx512Vnni {
-    fn avx2(self) -> Avx2 {
-        self.avx2
-    }
-
-    fn products<const SCALED: bool>(self, w: &[Part], x: &[[[i32; TILE]; 8]]) -> Integers {
-        #[target_feature(enable = "avx2,avx512f,avx512vnni")]
-        fn with_vnni<const SCALED: bool>(
-            vnni: Avx512Vnni,
-            w: &[Part],
-            x: &[[[i32; TILE]; 8]],
-        ) -> Integers {
-            products::<_, SCALED>(Avx512Lanes(vnni), w, x)
         }
         // SAFETY: `self` exists only where `new` detected the features.
         unsafe { with_vnni::<SCALED>(self, w, x) }
@@ -185,44 +149,4 @@ fn add_scaled(sum: [__m256i; 2], v: [__m256i; 2], scales: &[[i32; 8]; 2]) -> [__
         _mm256_add_epi32(sum[0], low),
         _mm256_add_epi32(sum[1], high),
     ]
-}
-
-/// All rows in one vector.
-#[derive(Clone, Copy)]
-struct Avx512Lanes(Avx512Vnni);
-
-impl Lanes for Avx512Lanes {
-    type I32 = __m512i;
-
-    #[inline(always)]
-    fn zero(self) -> __m512i {
-        // SAFETY: the token exists only where the features were detected.
-        unsafe { _mm512_setzero_si512() }
-    }
-
-    #[inline(always)]
-    fn dot(self, sum: __m512i, w: &Weights, x: i32) -> __m512i {
-        // SAFETY: the token exists only where the features were detected; the changed types are 64
-        // bytes in the same order, and any bits are valid in them.
-        unsafe {
-            let w = transmute::<Weights, __m512i>(*w);
-            _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x))
-        }
-    }
-
-    #[inline(always)]
-    fn add_scaled(self, sum: __m512i, v: __m512i, scales: &[[i32; 8]; 2]) -> __m512i {
-        // SAFETY: the token exists only where the features were detected; the changed types are
-        // sixteen i32 in the same order, and any bits are valid in them.
-        unsafe {
-            let scales = transmute::<[[i32; 8]; 2], __m512i>(*scales);
-            _mm512_add_epi32(sum, _mm512_mullo_epi32(v, scales))
-        }
-    }
-
-    #[inline(always)]
-    fn store(self, v: __m512i) -> [[i32; 8]; 2] {
-        // SAFETY: both types are sixteen i32 in the same order, and any bits are valid in them.
-        unsafe { transmute::<__m512i, [[i32; 8]; 2]>(v) }
-    }
 }
