@@ -1,4 +1,4 @@
-//! How the kernels' work is spread over threads: by a pool of their own ([`pool`]).
+//! How the kernels' work is spread over threads: by a pool of their own ([`mod@pool`]).
 
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};

@@ -1,4 +1,5 @@
-//! Products with f32 activations: of float weights, and of any type where rows are narrow.
+//! Products with f32 activations: of float weights, and of any type where rows are narrow. Few tokens
+//! with weights in half precision are the business of [`dots`](super::dots).
 //!
 //! A lane is a row. 256 columns of sixteen rows are decoded and turned, so that sixteen weights
 //! of a column lie side by side, and multiplied with the tokens of a

@@ -3,8 +3,8 @@
 //! AVX-512.
 //!
 //! As in [`gemm`](super::gemm), sixteen rows are unpacked to bytes, one partial sum's blocks at a
-//! time, and multiplied with four tokens at a time. One to three tokens are the business
-//! of [`gemv`](super::gemv), whose limit is memory.
+//! time, and multiplied with four tokens at a time. Few tokens are left to AVX2
+//! ([`AVX2_TOKENS`]).
 //!
 //! No machine with these instructions has run this file. Its tests run it with portable code in
 //! place of the instructions (`emulated`), so that only the lines of `lanes` that name instructions

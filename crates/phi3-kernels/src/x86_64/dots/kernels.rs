@@ -78,7 +78,7 @@ macro_rules! run {
             asm!(
                 $code,
                 w = inout(reg) $tile.w => _,
-                // The third of four rows; of three rows not used.
+                // The last of four rows; of three rows not used.
                 v = inout(reg) $tile.w.wrapping_add(3 * $tile.stride) => _,
                 s = in(reg) $tile.stride,
                 x = inout(reg) $tile.x => _,
