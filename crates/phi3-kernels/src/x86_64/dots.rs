@@ -22,6 +22,10 @@ const CHUNK_BYTES: usize = 192 << 10;
 /// Blocks of columns that a tile of many tokens goes through before the next rows.
 const BLOCKS_AT_ONCE: usize = 3;
 
+/// How far ahead of their use weights of few tokens are asked for, in bytes of a row and, at its end, of the
+/// rows of the next tile: into the second-level cache, for in the first they are in the tokens' way.
+const AHEAD: usize = 2048;
+
 /// The largest tile, in rows times tokens.
 const MAX_SUMS: usize = 24;
 
@@ -45,6 +49,8 @@ struct Tile {
     /// How many blocks, of how many vectors each.
     blocks: usize,
     steps: usize,
+    /// How many bytes ahead of their use weights are asked for.
+    ahead: usize,
 }
 
 /// What an instruction set multiplies with.
@@ -202,13 +208,20 @@ unsafe fn add_tile<K: Kernel>(
         let rows = w.row(row)[columns.start * bytes..columns.end * bytes].as_ptr();
         // Checks that the last row is there.
         let stride = w.row(row + K::ROWS - 1).len();
-        // Whole blocks, then the whole vectors of the last one.
-        for steps in [BLOCK / K::LANES, columns.len() % BLOCK / K::LANES] {
-            let whole = steps == BLOCK / K::LANES;
-            let blocks = if whole { columns.len() / BLOCK } else { 1 };
+        let whole = columns.len() / BLOCK;
+        let near_end = whole.min((AHEAD / bytes).div_ceil(BLOCK));
+        // Whole blocks, the last of them where the next rows are asked for, then what is whole vectors of
+        // the last block.
+        for (blocks, steps) in [
+            (whole - near_end, BLOCK / K::LANES),
+            (near_end, BLOCK / K::LANES),
+            (1, columns.len() % BLOCK / K::LANES),
+        ] {
             if blocks == 0 || steps == 0 {
                 continue;
             }
+            let to_next = (K::ROWS - 1) * stride;
+            let near_end = (done + blocks * BLOCK) * bytes + AHEAD > stride;
             let tile = Tile {
                 w: rows.wrapping_add(done * bytes),
                 stride,
@@ -216,6 +229,7 @@ unsafe fn add_tile<K: Kernel>(
                 block_stride: x.n * size_of::<[f32; BLOCK]>(),
                 blocks,
                 steps,
+                ahead: if near_end { AHEAD + to_next } else { AHEAD },
             };
             // SAFETY: the caller vouches for the instructions. The rows are rows of `w`, whose
             // columns from `done` on are at least as many as are multiplied, and of the tokens all

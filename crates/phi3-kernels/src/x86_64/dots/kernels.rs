@@ -40,7 +40,7 @@ macro_rules! load_bf16 {
 /// A line of each row asked for ahead, or none.
 macro_rules! ahead {
     (true, $($from:literal),*) => {
-        concat!($("prefetchnta ", $from, "\n",)*)
+        concat!($("prefetcht1 ", $from, "\n",)*)
     };
     (false, $($from:literal),*) => {
         ""
@@ -58,6 +58,8 @@ macro_rules! steps {
             $($step,)*
             "add {w}, ", $bytes, "\n",
             "add {v}, ", $bytes, "\n",
+            "add {p}, ", $bytes, "\n",
+            "add {q}, ", $bytes, "\n",
             "add {x}, ", $line, "\n",
             "dec {c}\n",
             "jnz 3b\n",
@@ -80,6 +82,9 @@ macro_rules! run {
                 w = inout(reg) $tile.w => _,
                 // The last of four rows; of three rows not used.
                 v = inout(reg) $tile.w.wrapping_add(3 * $tile.stride) => _,
+                // The same two rows where they are asked for.
+                p = inout(reg) $tile.w.wrapping_add($tile.ahead) => _,
+                q = inout(reg) $tile.w.wrapping_add($tile.ahead + 3 * $tile.stride) => _,
                 s = in(reg) $tile.stride,
                 x = inout(reg) $tile.x => _,
                 to_block = in(reg) $tile.block_stride.wrapping_sub($tile.steps * $line),
@@ -138,7 +143,7 @@ macro_rules! tile_512 {
                 "64",
                 [$(sum_512!(load $a), sum_512!(load $b), sum_512!(load $c), sum_512!(load $d),)*],
                 [
-                    ahead!($ahead, "[{w} + 1024]", "[{w} + {s} + 1024]", "[{w} + 2*{s} + 1024]", "[{v} + 1024]"),
+                    ahead!($ahead, "[{p}]", "[{p} + {s}]", "[{p} + 2*{s}]", "[{q}]"),
                     $load!("zmm24", "[{w}]"),
                     $load!("zmm25", "[{w} + {s}]"),
                     $load!("zmm26", "[{w} + 2*{s}]"),
@@ -236,7 +241,7 @@ macro_rules! tile_256 {
                 "32",
                 [$(sum_256!(load $a), sum_256!(load $b), sum_256!(load $c),)*],
                 [
-                    ahead!($ahead, "[{w} + 1024]", "[{w} + {s} + 1024]", "[{w} + 2*{s} + 1024]"),
+                    ahead!($ahead, "[{p}]", "[{p} + {s}]", "[{p} + 2*{s}]"),
                     $load!("ymm12", "[{w}]"),
                     $load!("ymm13", "[{w} + {s}]"),
                     $load!("ymm14", "[{w} + 2*{s}]"),
