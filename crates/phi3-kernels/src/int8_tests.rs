@@ -44,7 +44,7 @@ proptest! {
         block_type in select(block_types().collect::<Vec<_>>()),
         rows in 1usize..40,
         blocks in 0usize..20,
-        n in prop_oneof![4 => 1usize..12, 1 => 29usize..40],
+        n in prop_oneof![4 => 1usize..18, 1 => 29usize..40],
         first_row in 0usize..3,
         misaligned in 0usize..4,
         extreme: bool,

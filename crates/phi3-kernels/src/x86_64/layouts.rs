@@ -51,7 +51,12 @@ pub(super) struct Tile {
     pub(super) values: [[i32; TILE]; 8],
     pub(super) scales: [f32; TILE],
     pub(super) sums: [i32; TILE],
+    /// What weight bytes with an offset add too much, to be added: of each [`OFFSETS`].
+    pub(super) offsets: [[i32; TILE]; OFFSETS.len()],
 }
+
+/// The offsets of weight bytes in blocks of 32, as base-2 logarithms.
+pub(super) const OFFSETS: [u32; 3] = [3, 4, 7];
 
 /// One group of 256 of four tokens.
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +98,7 @@ impl Layouts {
                 values: [[0; TILE]; 8],
                 scales: [0.0; TILE],
                 sums: [0; TILE],
+                offsets: [[0; TILE]; OFFSETS.len()],
             };
             in_tiles(x, empty, |tile, token| {
                 let k = token.lane;
@@ -101,6 +107,9 @@ impl Layouts {
                 }
                 tile.scales[k] = token.scale;
                 tile.sums[k] = token.sums.iter().map(|s| i32::from(*s)).sum();
+                for (to, shift) in tile.offsets.iter_mut().zip(OFFSETS) {
+                    to[k] = -(tile.sums[k] << shift);
+                }
             })
         })
     }

@@ -11,7 +11,7 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::load;
+use super::vector::{load, or_masked};
 use crate::MatrixRef;
 use crate::activations::Quantized;
 use crate::x86_64::blocks::{Q5_K, Q6_K, array, factors, factors_at, has_minimum, offset_shift};
@@ -207,11 +207,4 @@ fn superblock<const ID: u32, const BYTES: usize>(block: &[u8; BYTES]) -> [__m512
 fn halves(low: i16, high: i16) -> __m512i {
     let low = _mm512_castsi256_si512(_mm256_set1_epi16(low));
     _mm512_inserti64x4::<1>(low, _mm256_set1_epi16(high))
-}
-
-/// `a | b & mask`.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn or_masked(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
-    _mm512_ternarylogic_epi32::<0xf8>(a, b, mask)
 }

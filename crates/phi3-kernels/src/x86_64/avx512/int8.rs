@@ -12,17 +12,17 @@
 
 use std::arch::x86_64::*;
 
-use super::Avx512Vnni;
 use super::gemv::super_rows;
 use super::panel::{
-    EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, SuperPanel, shift, unpack, unpack_super,
+    EMPTY_PANEL, EMPTY_SUPER_PANEL, Factors, PANEL_ROWS, Panel, SuperPanel, offset, unpack,
+    unpack_super,
 };
-use super::vector::{load, load_f32, store_f32};
+use super::vector::{Bytes64, load, load_f32, store_f32};
+use super::{Avx512Vnni, few};
 use crate::activations::Quantized;
 use crate::backend::Kernels;
-use crate::x86_64::blocks::{self, INT4, has_minimum, offset_shift};
+use crate::x86_64::blocks::{self, INT4, Q2_K, Q4_K, has_minimum, offset_shift};
 use crate::x86_64::gemm::Ahead;
-use crate::x86_64::gemv;
 use crate::x86_64::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, few_tiles};
 use crate::x86_64::panel::{PanelRows, groups_of_32};
 use crate::{BlockType, MatrixRef};
@@ -33,10 +33,10 @@ const MAX_TILES: usize = 3;
 /// Sums of a panel and a tile: a lane to a row.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Lanes([[f32; PANEL_ROWS]; TILE]);
+pub(super) struct Lanes(pub(super) [[f32; PANEL_ROWS]; TILE]);
 
 /// Sums of nothing.
-const NO_LANES: Lanes = Lanes([[0.0; PANEL_ROWS]; TILE]);
+pub(super) const NO_LANES: Lanes = Lanes([[0.0; PANEL_ROWS]; TILE]);
 
 /// [`scalar::int8_rows`](crate::scalar::int8_rows), the same to the last bit.
 pub(in crate::x86_64) fn int8_rows(
@@ -47,56 +47,83 @@ pub(in crate::x86_64) fn int8_rows(
     out: &mut [&mut [f32]],
 ) {
     macro_rules! rows {
-        ($format:ident, $id:ident, $bytes:literal, $few_tokens:expr, $few:expr) => {
-            if x.n <= $few_tokens {
-                $few
+        ($format:ident, $id:ident, $bytes:literal, $dots:expr, $few:ident::$few_rows:ident) => {
+            if x.n <= max_dots(blocks::$id) {
+                $dots
             } else {
                 // SAFETY: `vnni` exists only where the features were detected.
-                unsafe { rows::<$format<{ blocks::$id }, $bytes>, $bytes>(x, w, first_row, out) }
+                unsafe {
+                    if x.n <= few::MAX_TOKENS {
+                        $few::$few_rows::<{ blocks::$id }, $bytes>(x, w, first_row, out)
+                    } else {
+                        rows::<$format<{ blocks::$id }, $bytes>, $bytes>(x, w, first_row, out)
+                    }
+                }
             }
         };
     }
-    // Types of which AVX2 multiplies few tokens.
-    macro_rules! by_avx2 {
-        ($format:ident, $id:ident, $bytes:literal) => {
+    // Types of which AVX2 multiplies one token or two.
+    macro_rules! blocks {
+        ($id:ident, $bytes:literal) => {
             rows!(
-                $format,
+                Blocks,
                 $id,
                 $bytes,
-                gemv::max_tokens(blocks::$id),
-                Kernels::int8_rows(&vnni.avx2, x, w, first_row, out)
+                Kernels::int8_rows(&vnni.avx2, x, w, first_row, out),
+                few::rows
             )
         };
     }
-    macro_rules! super_rows {
+    macro_rules! by_avx2 {
         ($id:ident, $bytes:literal) => {
-            // SAFETY: `vnni` exists only where the features were detected.
-            rows!(Superblocks, $id, $bytes, SUPER_TOKENS, unsafe {
-                super_rows::<{ blocks::$id }, $bytes>(x, w, first_row, out)
-            })
+            rows!(
+                Superblocks,
+                $id,
+                $bytes,
+                Kernels::int8_rows(&vnni.avx2, x, w, first_row, out),
+                few::super_rows
+            )
+        };
+    }
+    macro_rules! superblocks {
+        ($id:ident, $bytes:literal) => {
+            rows!(
+                Superblocks,
+                $id,
+                $bytes,
+                // SAFETY: `vnni` exists only where the features were detected.
+                unsafe { super_rows::<{ blocks::$id }, $bytes>(x, w, first_row, out) },
+                few::super_rows
+            )
         };
     }
     match w.block_type() {
         BlockType::F32 | BlockType::F16 | BlockType::BF16 => {
             Kernels::int8_rows(&vnni.avx2, x, w, first_row, out);
         }
-        BlockType::Q4_0 => by_avx2!(Blocks, Q4_0, 18),
-        BlockType::Q4_1 => by_avx2!(Blocks, Q4_1, 20),
-        BlockType::Q5_0 => by_avx2!(Blocks, Q5_0, 22),
-        BlockType::Q5_1 => by_avx2!(Blocks, Q5_1, 24),
-        BlockType::Q8_0 => by_avx2!(Blocks, Q8_0, 34),
-        BlockType::IQ4NL => by_avx2!(Blocks, IQ4_NL, 18),
-        BlockType::Q2K => by_avx2!(Superblocks, Q2_K, 84),
-        BlockType::Q3K => by_avx2!(Superblocks, Q3_K, 110),
-        BlockType::Q4K => super_rows!(Q4_K, 144),
-        BlockType::Q5K => super_rows!(Q5_K, 176),
-        BlockType::Int4 => super_rows!(INT4, 130),
-        BlockType::Q6K => super_rows!(Q6_K, 210),
+        BlockType::Q4_0 => blocks!(Q4_0, 18),
+        BlockType::Q4_1 => blocks!(Q4_1, 20),
+        BlockType::Q5_0 => blocks!(Q5_0, 22),
+        BlockType::Q5_1 => blocks!(Q5_1, 24),
+        BlockType::Q8_0 => blocks!(Q8_0, 34),
+        BlockType::IQ4NL => blocks!(IQ4_NL, 18),
+        BlockType::Q2K => by_avx2!(Q2_K, 84),
+        BlockType::Q3K => by_avx2!(Q3_K, 110),
+        BlockType::Q4K => superblocks!(Q4_K, 144),
+        BlockType::Q5K => superblocks!(Q5_K, 176),
+        BlockType::Int4 => superblocks!(INT4, 130),
+        BlockType::Q6K => superblocks!(Q6_K, 210),
     }
 }
 
-/// How many tokens take less time by [`super_rows`].
-const SUPER_TOKENS: usize = 2;
+/// How many tokens take less time where a lane is no row, of a type.
+const fn max_dots(id: u32) -> usize {
+    match id {
+        // Their bytes are unpacked fastest.
+        Q2_K | Q4_K => 1,
+        _ => 2,
+    }
+}
 
 /// Blocks of a kind of type, of `BYTES` bytes.
 trait Format<const BYTES: usize> {
@@ -294,7 +321,7 @@ fn multiply_tiles<F: Format<BYTES>, const BYTES: usize>(
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn add(lanes: &[Lanes], sums: &mut [Lanes]) {
+pub(super) fn add(lanes: &[Lanes], sums: &mut [Lanes]) {
     for (sums, lanes) in sums.iter_mut().zip(lanes) {
         for t in 0..TILE {
             let sum = _mm512_add_ps(load_f32(&sums.0[t]), load_f32(&lanes.0[t]));
@@ -310,36 +337,55 @@ fn multiply<const ID: u32, const G: usize>(w: &[Panel], x: [&[Tile]; G], lanes: 
     let mut sums = load_lanes(lanes);
     for i in 0..w.len() {
         let w = &w[i];
-        let mut a = [[_mm512_setzero_si512(); TILE]; G];
-        for c in 0..8 {
-            let q = load(&w.q[c]);
-            for g in 0..G {
-                for t in 0..TILE {
-                    let x = _mm512_set1_epi32(x[g][i].values[c][t]);
-                    a[g][t] = _mm512_dpbusd_epi32(a[g][t], q, x);
-                }
-            }
+        let mut of_block = [&x[0][i]; G];
+        for g in 0..G {
+            of_block[g] = &x[g][i];
         }
-        let (d, m) = (load_f32(&w.d), load_f32(&w.m));
+        let factors = (load_f32(&w.d), load_f32(&w.m));
+        add_block::<ID, G>(&w.q, factors, of_block, &mut sums);
+    }
+    store_lanes(sums, lanes);
+}
+
+/// Adds the products of one block of sixteen rows, whose factors are `d` and `m`, to `sums`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+pub(super) fn add_block<const ID: u32, const G: usize>(
+    q: &[impl Bytes64; 8],
+    (d, m): (__m512, __m512),
+    x: [&Tile; G],
+    sums: &mut [[__m512; TILE]; G],
+) {
+    let mut a = [[_mm512_setzero_si512(); TILE]; G];
+    if let Some(offset) = offset(ID) {
         for g in 0..G {
             for t in 0..TILE {
-                let scale = _mm512_set1_ps(x[g][i].scales[t]);
-                let x_sum = _mm512_set1_epi32(x[g][i].sums[t]);
-                let mut a = a[g][t];
-                if let Some(shift) = shift(ID) {
-                    let shift = _mm_cvtsi32_si128(shift as i32);
-                    a = _mm512_sub_epi32(a, _mm512_sll_epi32(x_sum, shift));
-                }
-                let factor = _mm512_mul_ps(d, scale);
-                sums[g][t] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(a), sums[g][t]);
-                if has_minimum(ID) {
-                    let factor = _mm512_mul_ps(m, scale);
-                    sums[g][t] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(x_sum), sums[g][t]);
-                }
+                a[g][t] = _mm512_set1_epi32(x[g].offsets[offset][t]);
             }
         }
     }
-    store_lanes(sums, lanes);
+    for c in 0..8 {
+        let q = load(&q[c]);
+        for g in 0..G {
+            for t in 0..TILE {
+                let x = _mm512_set1_epi32(x[g].values[c][t]);
+                a[g][t] = _mm512_dpbusd_epi32(a[g][t], q, x);
+            }
+        }
+    }
+    for g in 0..G {
+        for t in 0..TILE {
+            let scale = _mm512_set1_ps(x[g].scales[t]);
+            let a = _mm512_cvtepi32_ps(a[g][t]);
+            let factor = _mm512_mul_ps(d, scale);
+            sums[g][t] = _mm512_fmadd_ps(factor, a, sums[g][t]);
+            if has_minimum(ID) {
+                let factor = _mm512_mul_ps(m, scale);
+                let x_sum = _mm512_cvtepi32_ps(_mm512_set1_epi32(x[g].sums[t]));
+                sums[g][t] = _mm512_fmadd_ps(factor, x_sum, sums[g][t]);
+            }
+        }
+    }
 }
 
 /// [`Format::multiply`] of blocks of 256.
@@ -352,90 +398,131 @@ fn multiply_super<const ID: u32, const G: usize>(
     let x = of_one_length(x, w.len());
     for i in 0..w.len() {
         let w = &w[i];
-        let mut a = [[_mm512_setzero_si512(); TILE]; G];
-        let mut b = a;
-        if offset_shift(ID).is_some() {
-            add_minima::<ID, G>(w, x, i, &mut a);
+        let mut of_block = [&x[0][i]; G];
+        for g in 0..G {
+            of_block[g] = &x[g][i];
         }
+        let mut a = offsets::<ID, G>(&w.factors, of_block);
         for s in 0..8 {
-            if ID == INT4 {
-                for c in 0..8 {
-                    add_columns(w, x, i, (s, c), &mut a);
-                }
-                continue;
-            }
-            let columns = if groups_of_32(ID) { 8 } else { 4 };
-            for part in 0..8 / columns {
-                let mut products = [[_mm512_setzero_si512(); TILE]; G];
-                for c in part * columns..(part + 1) * columns {
-                    add_columns(w, x, i, (s, c), &mut products);
-                }
-                let scales = load(&w.scales[s * 8 / columns + part]);
-                for g in 0..G {
-                    for t in 0..TILE {
-                        let scaled = _mm512_mullo_epi32(products[g][t], scales);
-                        a[g][t] = _mm512_add_epi32(a[g][t], scaled);
-                    }
-                }
-            }
+            add_group::<ID, G>(&w.q[s], &w.factors, of_block, s, &mut a);
         }
-        if has_minimum(ID) {
-            add_minima::<ID, G>(w, x, i, &mut b);
+        scale::<ID, G>(a, &w.factors, of_block, lanes);
+    }
+}
+
+/// What the offset of the weight bytes of sixteen rows adds too much, to be added; else zeros.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+pub(super) fn offsets<const ID: u32, const G: usize>(
+    factors: &Factors,
+    x: [&SuperTile; G],
+) -> Integers<G> {
+    let mut a = [[_mm512_setzero_si512(); TILE]; G];
+    if offset_shift(ID).is_some() {
+        add_minima::<ID, G>(factors, x, &mut a);
+    }
+    a
+}
+
+/// Integers of the rows of a panel and the tokens of tiles.
+pub(super) type Integers<const G: usize> = [[__m512i; TILE]; G];
+
+/// Adds the products of the 32 columns `s`, times their scales.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+pub(super) fn add_group<const ID: u32, const G: usize>(
+    q: &[impl Bytes64; 8],
+    factors: &Factors,
+    x: [&SuperTile; G],
+    s: usize,
+    a: &mut Integers<G>,
+) {
+    if ID == INT4 {
+        for c in 0..8 {
+            add_columns(&q[c], x, (s, c), a);
         }
-        let (d, dmin) = (load_f32(&w.d), load_f32(&w.dmin));
+        return;
+    }
+    let columns = if groups_of_32(ID) { 8 } else { 4 };
+    for part in 0..8 / columns {
+        let mut products = [[_mm512_setzero_si512(); TILE]; G];
+        for c in part * columns..(part + 1) * columns {
+            add_columns(&q[c], x, (s, c), &mut products);
+        }
+        let scales = load(&factors.scales[s * 8 / columns + part]);
         for g in 0..G {
             for t in 0..TILE {
-                let scale = _mm512_set1_ps(x[g][i].scales[t]);
-                let mut sum = load_f32(&lanes[g].0[t]);
-                let factor = _mm512_mul_ps(d, scale);
-                sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(a[g][t]), sum);
-                if has_minimum(ID) {
-                    let factor = _mm512_mul_ps(dmin, scale);
-                    sum = _mm512_fnmadd_ps(factor, _mm512_cvtepi32_ps(b[g][t]), sum);
-                }
-                store_f32(sum, &mut lanes[g].0[t]);
+                let scaled = _mm512_mullo_epi32(products[g][t], scales);
+                a[g][t] = _mm512_add_epi32(a[g][t], scaled);
             }
         }
     }
 }
 
-/// Adds the products of columns `c` of the 32 columns `s` of block `i`.
+/// Adds the integers `a` of a block, times its factors, to `lanes`.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+pub(super) fn scale<const ID: u32, const G: usize>(
+    a: Integers<G>,
+    factors: &Factors,
+    x: [&SuperTile; G],
+    lanes: &mut [Lanes; G],
+) {
+    let mut b = [[_mm512_setzero_si512(); TILE]; G];
+    if has_minimum(ID) {
+        add_minima::<ID, G>(factors, x, &mut b);
+    }
+    let (d, dmin) = (load_f32(&factors.d), load_f32(&factors.dmin));
+    for g in 0..G {
+        for t in 0..TILE {
+            let scale = _mm512_set1_ps(x[g].scales[t]);
+            let mut sum = load_f32(&lanes[g].0[t]);
+            let factor = _mm512_mul_ps(d, scale);
+            sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(a[g][t]), sum);
+            if has_minimum(ID) {
+                let factor = _mm512_mul_ps(dmin, scale);
+                sum = _mm512_fnmadd_ps(factor, _mm512_cvtepi32_ps(b[g][t]), sum);
+            }
+            store_f32(sum, &mut lanes[g].0[t]);
+        }
+    }
+}
+
+/// Adds the products of columns `c` of the 32 columns `s`.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
 fn add_columns<const G: usize>(
-    w: &SuperPanel,
-    x: [&[SuperTile]; G],
-    i: usize,
+    q: &impl Bytes64,
+    x: [&SuperTile; G],
     (s, c): (usize, usize),
-    sums: &mut [[__m512i; TILE]; G],
+    sums: &mut Integers<G>,
 ) {
-    let q = load(&w.q[s][c]);
+    let q = load(q);
     for g in 0..G {
         for t in 0..TILE {
-            let x = _mm512_set1_epi32(x[g][i].values[s][c][t]);
+            let x = _mm512_set1_epi32(x[g].values[s][c][t]);
             sums[g][t] = _mm512_dpbusd_epi32(sums[g][t], q, x);
         }
     }
 }
 
-/// Adds the products of the minima of block `i` and the sums of activations that they belong to.
+/// Adds the products of minima and the sums of activations that they belong to.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
 fn add_minima<const ID: u32, const G: usize>(
-    w: &SuperPanel,
-    x: [&[SuperTile]; G],
-    i: usize,
-    sums: &mut [[__m512i; TILE]; G],
+    factors: &Factors,
+    x: [&SuperTile; G],
+    sums: &mut Integers<G>,
 ) {
     let pairs = if groups_of_32(ID) { 4 } else { 8 };
     for pair in 0..pairs {
-        let minima = load(&w.minima[pair]);
+        let minima = load(&factors.minima[pair]);
         for g in 0..G {
             for t in 0..TILE {
                 let x = if groups_of_32(ID) {
-                    x[g][i].sums_32[pair][t]
+                    x[g].sums_32[pair][t]
                 } else {
-                    x[g][i].sums_16[pair][t]
+                    x[g].sums_16[pair][t]
                 };
                 sums[g][t] = _mm512_dpwssd_epi32(sums[g][t], minima, _mm512_set1_epi32(x));
             }
@@ -445,13 +532,13 @@ fn add_minima<const ID: u32, const G: usize>(
 
 /// Slices of `len` elements, so that loops need no check.
 #[inline(always)]
-fn of_one_length<T, const G: usize>(x: [&[T]; G], len: usize) -> [&[T]; G] {
+pub(super) fn of_one_length<T, const G: usize>(x: [&[T]; G], len: usize) -> [&[T]; G] {
     x.map(|x| &x[..len])
 }
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn load_lanes<const G: usize>(lanes: &[Lanes; G]) -> [[__m512; TILE]; G] {
+pub(super) fn load_lanes<const G: usize>(lanes: &[Lanes; G]) -> [[__m512; TILE]; G] {
     let mut sums = [[_mm512_setzero_ps(); TILE]; G];
     for g in 0..G {
         for t in 0..TILE {
@@ -463,7 +550,7 @@ fn load_lanes<const G: usize>(lanes: &[Lanes; G]) -> [[__m512; TILE]; G] {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn store_lanes<const G: usize>(sums: [[__m512; TILE]; G], lanes: &mut [Lanes; G]) {
+pub(super) fn store_lanes<const G: usize>(sums: [[__m512; TILE]; G], lanes: &mut [Lanes; G]) {
     for g in 0..G {
         for t in 0..TILE {
             store_f32(sums[g][t], &mut lanes[g].0[t]);

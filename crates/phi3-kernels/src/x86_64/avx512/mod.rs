@@ -2,6 +2,7 @@
 //!
 //! What is not here is done by [`Avx2`](super::Avx2).
 
+mod few;
 mod gemv;
 mod int8;
 mod panel;

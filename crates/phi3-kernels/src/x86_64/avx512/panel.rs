@@ -7,14 +7,14 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::{load, store, transpose};
+use super::vector::{both_halves, load, or_masked, store, store_f32, transpose};
 use crate::scalar::{IQ4_NL_VALUES, q3_k_scales};
 use crate::x86_64::blocks::{
-    INT4, IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, array, eight_factors,
-    has_minimum, is_signed, offset_shift, quants_at, stored_at,
+    IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, array, eight_factors, has_minimum,
+    is_signed, offset_shift, quants_at, stored_at,
 };
+use crate::x86_64::layouts::OFFSETS;
 use crate::x86_64::panel::groups_of_32;
-use crate::x86_64::vector::store_f32 as store_eight;
 
 /// Rows of a panel: the lanes of a vector.
 pub(super) const PANEL_ROWS: usize = 16;
@@ -28,14 +28,14 @@ type Weights = [u8; 64];
 pub(super) struct Panel {
     /// The stored weights, or signed ones with 128 added.
     pub(super) q: [Weights; 8],
-    pub(super) d: [[f32; 8]; 2],
-    pub(super) m: [[f32; 8]; 2],
+    pub(super) d: [f32; 16],
+    pub(super) m: [f32; 16],
 }
 
 pub(super) const EMPTY_PANEL: Panel = Panel {
     q: [[0; 64]; 8],
-    d: [[0.0; 8]; 2],
-    m: [[0.0; 8]; 2],
+    d: [0.0; 16],
+    m: [0.0; 16],
 };
 
 /// One block of 256 of sixteen rows.
@@ -43,30 +43,46 @@ pub(super) const EMPTY_PANEL: Panel = Panel {
 #[repr(C, align(64))]
 pub(super) struct SuperPanel {
     pub(super) q: [[Weights; 8]; 8],
+    pub(super) factors: Factors,
+}
+
+/// What the weights of a [`SuperPanel`] are multiplied with.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Factors {
     /// The scale of each group of sixteen; of groups of 32 eight scales.
     pub(super) scales: [[i32; 16]; 16],
     /// What the sums of activations are multiplied with, two successive groups to a lane: minima, or
     /// what is to be added for the offset of the bytes.
     pub(super) minima: [[i16; 32]; 8],
-    pub(super) d: [[f32; 8]; 2],
-    pub(super) dmin: [[f32; 8]; 2],
+    pub(super) d: [f32; 16],
+    pub(super) dmin: [f32; 16],
 }
 
 pub(super) const EMPTY_SUPER_PANEL: SuperPanel = SuperPanel {
     q: [[[0; 64]; 8]; 8],
-    scales: [[0; 16]; 16],
-    minima: [[0; 32]; 8],
-    d: [[0.0; 8]; 2],
-    dmin: [[0.0; 8]; 2],
+    factors: NO_FACTORS,
 };
 
-/// Base-2 logarithm of what is to be subtracted from the bytes of a panel, if anything.
-pub(super) const fn shift(id: u32) -> Option<u32> {
-    match (is_signed(id), offset_shift(id)) {
-        (true, _) => Some(7),
-        (false, Some(shift)) => Some(shift as u32),
-        (false, None) => None,
+pub(super) const NO_FACTORS: Factors = Factors {
+    scales: [[0; 16]; 16],
+    minima: [[0; 32]; 8],
+    d: [0.0; 16],
+    dmin: [0.0; 16],
+};
+
+/// Which of [`OFFSETS`] is to be subtracted from the bytes of a panel, if any.
+pub(super) const fn offset(id: u32) -> Option<usize> {
+    let shift = match (is_signed(id), offset_shift(id)) {
+        (true, _) => 7,
+        (false, Some(shift)) => shift as u32,
+        (false, None) => return None,
+    };
+    let mut at = 0;
+    while OFFSETS[at] != shift {
+        at += 1;
     }
+    Some(at)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
@@ -79,26 +95,29 @@ pub(super) fn unpack<const ID: u32, const BYTES: usize>(
     for i in 0..8 {
         store(q[i], &mut panel.q[i]);
     }
-    unpack_factors::<ID, BYTES>(blocks, &mut panel.d, &mut panel.m);
+    let (d, m) = sixteen_factors::<ID, BYTES>(blocks);
+    store_f32(d, &mut panel.d);
+    store_f32(m, &mut panel.m);
 }
 
-/// The factors of blocks, and those of their minima where they have any.
-#[target_feature(enable = "avx2,fma,f16c")]
+/// The factors of blocks, and those of their minima; zeros where they have none.
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
 #[inline]
-fn unpack_factors<const ID: u32, const BYTES: usize>(
+pub(super) fn sixteen_factors<const ID: u32, const BYTES: usize>(
     blocks: [&[u8; BYTES]; PANEL_ROWS],
-    d: &mut [[f32; 8]; 2],
-    m: &mut [[f32; 8]; 2],
-) {
+) -> (__m512, __m512) {
+    let mut d = [_mm256_setzero_ps(); 2];
+    let mut m = d;
     for half in 0..2 {
         let mut eight = [blocks[0]; 8];
         eight.copy_from_slice(&blocks[8 * half..][..8]);
         let (of_d, of_m) = eight_factors::<ID, BYTES>(eight);
-        d[half] = store_eight(of_d);
+        d[half] = of_d;
         if has_minimum(ID) {
-            m[half] = store_eight(of_m);
+            m[half] = of_m;
         }
     }
+    (both_halves(d), both_halves(m))
 }
 
 /// The sixteen bytes from byte `at` on of each block, by fours.
@@ -124,7 +143,9 @@ fn eights<const BYTES: usize>(blocks: [&[u8; BYTES]; PANEL_ROWS], at: usize) -> 
 /// The weight bytes of blocks of 32.
 #[target_feature(enable = "avx512f,avx512bw,avx2")]
 #[inline]
-fn columns<const ID: u32, const BYTES: usize>(blocks: [&[u8; BYTES]; PANEL_ROWS]) -> [__m512i; 8] {
+pub(super) fn columns<const ID: u32, const BYTES: usize>(
+    blocks: [&[u8; BYTES]; PANEL_ROWS],
+) -> [__m512i; 8] {
     let at = quants_at(ID);
     if ID == Q8_0 {
         let mut q = eights(blocks, at);
@@ -199,66 +220,105 @@ pub(super) fn unpack_super<const ID: u32, const BYTES: usize>(
     blocks: [&[u8; BYTES]; PANEL_ROWS],
     panel: &mut SuperPanel,
 ) {
-    // Turned as they are stored, which are fewer vectors.
-    let mut columns = [[_mm512_setzero_si512(); 6]; 8];
-    for s in 0..stored_at(ID).len() {
-        let turned = eights(blocks, stored_at(ID)[s]);
-        for c in 0..8 {
-            columns[c][s] = turned[c];
+    let high = High::new::<ID, BYTES>(blocks);
+    for i in 0..lows(ID) {
+        let low = low::<ID, BYTES>(blocks, i);
+        for k in 0..8 / lows(ID) {
+            let g = group(ID, i, k);
+            let q = high.with::<ID>(low, k, g);
+            for c in 0..8 {
+                store(q[c], &mut panel.q[g][c]);
+            }
         }
     }
-    for c in 0..8 {
-        let q = spread::<ID>(&columns[c]);
-        for g in 0..8 {
-            store(q[g], &mut panel.q[g][c]);
-        }
+    unpack_factors::<ID, BYTES>(blocks, &mut panel.factors);
+}
+
+/// How many of the [stored](stored_at) vectors hold the low bits of weights, each those of as many groups
+/// of 32.
+pub(super) const fn lows(id: u32) -> usize {
+    match id {
+        Q2_K | Q3_K => 2,
+        _ => 4,
     }
-    unpack_scales::<ID, BYTES>(blocks, panel);
-    unpack_factors::<ID, BYTES>(blocks, &mut panel.d, &mut panel.dmin);
 }
 
-/// [`blocks::spread`](crate::x86_64::blocks::spread) of twice as many rows.
-#[target_feature(enable = "avx512f,avx512bw")]
-#[inline]
-fn spread<const ID: u32>(stored: &[__m512i; 6]) -> [__m512i; 8] {
-    let mut q = [_mm512_setzero_si512(); 8];
-    for g in 0..8 {
-        q[g] = match ID {
-            Q4_K | Q5_K | INT4 => nibbles(stored[g / 2])[g % 2],
-            Q6_K => nibbles(stored[g / 4 * 2 + g % 2])[g % 4 / 2],
-            _ => moved(stored[g / 4], 2 * (g % 4), 0, 3),
-        };
-        let high = match ID {
-            Q5_K => moved(stored[4], g, 4, 16),
-            Q6_K => moved(stored[4 + g / 4], 2 * (g % 4), 4, 48),
-            Q3_K => moved(stored[2], g, 2, 4),
-            _ => continue,
-        };
-        q[g] = _mm512_or_si512(q[g], high);
+/// The group whose low bits are the `k`th ones of stored vector `i`.
+pub(super) const fn group(id: u32, i: usize, k: usize) -> usize {
+    match id {
+        Q6_K => i / 2 * 4 + i % 2 + 2 * k,
+        _ => i * (8 / lows(id)) + k,
     }
-    q
 }
 
-/// The bits from bit `from` of each byte on, at bit `to`; `mask` takes the wanted ones, all of which
-/// stay in their byte.
-#[target_feature(enable = "avx512f,avx512bw")]
+/// Stored vector `i` of low bits, by four weights of each row.
+#[target_feature(enable = "avx512f,avx2")]
 #[inline]
-fn moved(bytes: __m512i, from: usize, to: usize, mask: i8) -> __m512i {
-    let moved = if from > to {
-        _mm512_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32))
-    } else {
-        _mm512_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32))
-    };
-    _mm512_and_si512(moved, _mm512_set1_epi8(mask))
-}
-
-/// The scales and minima of blocks of 256.
-#[target_feature(enable = "avx512f,avx512bw,avx2")]
-#[inline]
-fn unpack_scales<const ID: u32, const BYTES: usize>(
+pub(super) fn low<const ID: u32, const BYTES: usize>(
     blocks: [&[u8; BYTES]; PANEL_ROWS],
-    panel: &mut SuperPanel,
+    i: usize,
+) -> [__m512i; 8] {
+    eights(blocks, stored_at(ID)[i])
+}
+
+/// The stored vectors of high bits, by four weights of each row.
+pub(super) struct High([[__m512i; 8]; 2]);
+
+impl High {
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    pub(super) fn new<const ID: u32, const BYTES: usize>(
+        blocks: [&[u8; BYTES]; PANEL_ROWS],
+    ) -> Self {
+        let mut high = [[_mm512_setzero_si512(); 8]; 2];
+        for i in lows(ID)..stored_at(ID).len() {
+            high[i - lows(ID)] = eights(blocks, stored_at(ID)[i]);
+        }
+        Self(high)
+    }
+
+    /// The weight bytes of group `g`, whose low bits are the `k`th of `low`.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    pub(super) fn with<const ID: u32>(
+        &self,
+        low: [__m512i; 8],
+        k: usize,
+        g: usize,
+    ) -> [__m512i; 8] {
+        let bits = lows(ID);
+        let mut q = low;
+        for c in 0..8 {
+            q[c] = _mm512_and_si512(right(low[c], bits * k), _mm512_set1_epi8((1 << bits) - 1));
+            let (high, from, to, mask) = match ID {
+                Q5_K => (self.0[0][c], g, 4, 16),
+                Q6_K => (self.0[g / 4][c], 2 * (g % 4), 4, 48),
+                Q3_K => (self.0[0][c], g, 2, 4),
+                _ => continue,
+            };
+            let high = _mm512_sll_epi16(right(high, from), _mm_cvtsi32_si128(to));
+            q[c] = or_masked(q[c], high, _mm512_set1_epi8(mask));
+        }
+        q
+    }
+}
+
+/// Words shifted; bits of one byte get into the other.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn right(words: __m512i, bits: usize) -> __m512i {
+    _mm512_srl_epi16(words, _mm_cvtsi32_si128(bits as i32))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+#[inline]
+pub(super) fn unpack_factors<const ID: u32, const BYTES: usize>(
+    blocks: [&[u8; BYTES]; PANEL_ROWS],
+    factors: &mut Factors,
 ) {
+    let (d, dmin) = sixteen_factors::<ID, BYTES>(blocks);
+    store_f32(d, &mut factors.d);
+    store_f32(dmin, &mut factors.dmin);
     // Four scales to a dword, and four minima.
     let mut scales = [_mm512_setzero_si512(); 4];
     let mut minima = scales;
@@ -291,7 +351,7 @@ fn unpack_scales<const ID: u32, const BYTES: usize>(
         // Signed bytes, or smaller than 64.
         let left = _mm_cvtsi32_si128(24 - 8 * (g % 4) as i32);
         let scale = _mm512_srai_epi32::<24>(_mm512_sll_epi32(scales[g / 4], left));
-        store(scale, &mut panel.scales[g]);
+        store(scale, &mut factors.scales[g]);
     }
     for pair in 0..count / 2 {
         let bytes = if offset_shift(ID).is_some() {
@@ -315,7 +375,7 @@ fn unpack_scales<const ID: u32, const BYTES: usize>(
             }
             None => words,
         };
-        store(words, &mut panel.minima[pair]);
+        store(words, &mut factors.minima[pair]);
     }
 }
 

@@ -7,6 +7,7 @@ use crate::x86_64::vector::load_16;
 
 /// What a vector may be made of and turned into: arrays of 64 bytes that any bits are valid in.
 pub(super) trait Bytes64: Copy {}
+impl Bytes64 for __m512i {}
 impl Bytes64 for [u8; 64] {}
 impl Bytes64 for [i8; 64] {}
 impl Bytes64 for [i16; 32] {}
@@ -46,6 +47,21 @@ pub(super) fn load_f32<T: Bytes64>(array: &T) -> __m512 {
 #[inline]
 pub(super) fn store_f32<T: Bytes64>(vector: __m512, array: &mut T) {
     store(_mm512_castps_si512(vector), array);
+}
+
+/// A vector of two.
+#[target_feature(enable = "avx512f,avx2")]
+#[inline]
+pub(super) fn both_halves([low, high]: [__m256; 2]) -> __m512 {
+    let low = _mm512_castsi256_si512(_mm256_castps_si256(low));
+    _mm512_castsi512_ps(_mm512_inserti64x4::<1>(low, _mm256_castps_si256(high)))
+}
+
+/// `a | b & mask`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn or_masked(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
+    _mm512_ternarylogic_epi32::<0xf8>(a, b, mask)
 }
 
 /// Sixteen rows of four dwords to columns, a row to a lane.
