@@ -11,6 +11,7 @@
 //! all lie in the same few places of the first-level cache.
 
 use super::float::BLOCK;
+use super::gemm::Ahead;
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
 
@@ -136,6 +137,9 @@ unsafe fn products<K: Kernel>(
     for start in (0..rows).step_by(chunk) {
         let end = rows.min(start + chunk);
         let tiles = n.div_ceil(K::TOKENS);
+        let steps = (end - start).div_ceil(K::ROWS) * blocks.div_ceil(at_once.max(1));
+        let ahead_of = || Ahead::of_rows(w, first_row + start, end - start, tiles * steps);
+        let mut ahead = (!streams).then(ahead_of);
         for tile in 0..tiles {
             let tokens = tile * n / tiles..(tile + 1) * n / tiles;
             let each = K::ROWS * tokens.len();
@@ -153,7 +157,12 @@ unsafe fn products<K: Kernel>(
                     let row = first_row + start + i * K::ROWS;
                     let row = row.min(w.rows().saturating_sub(K::ROWS));
                     // SAFETY: the caller vouches for the instructions.
-                    unsafe { add_tile::<K>(w, row, x, columns.clone(), streams, sums) };
+                    unsafe {
+                        if let Some(ahead) = &mut ahead {
+                            ahead.go_on();
+                        }
+                        add_tile::<K>(w, row, x, columns.clone(), streams, sums);
+                    }
                 }
             }
             for (i, sums) in sums.chunks_exact(each).enumerate() {

@@ -134,7 +134,7 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
     );
 }
 
-/// Asks for the next panel's weights, which lie behind this one's, piece by piece.
+/// Asks for the weights of the next rows, which lie behind these, piece by piece.
 pub(super) struct Ahead<'a> {
     rest: &'a [u8],
     piece: usize,
@@ -144,7 +144,12 @@ pub(super) struct Ahead<'a> {
 impl<'a> Ahead<'a> {
     /// For a panel that starts at row `first` and is used in `pieces` steps.
     pub(super) fn new(w: MatrixRef<'a>, first: usize, pieces: usize) -> Self {
-        let rows = PANEL_ROWS.min(w.rows() - first);
+        Self::of_rows(w, first, PANEL_ROWS, pieces)
+    }
+
+    /// For `rows` rows, or as many as there are, from row `first` on.
+    pub(super) fn of_rows(w: MatrixRef<'a>, first: usize, rows: usize, pieces: usize) -> Self {
+        let rows = rows.min(w.rows() - first);
         let row_bytes = w.row(first).len();
         let rest = &w.bytes()[first * row_bytes..][..rows * row_bytes];
         Self {
