@@ -98,6 +98,17 @@ pub(crate) trait Kernels: Debug + Send + Sync {
         self.base().quick_gelu(x);
     }
 
+    /// `up * silu(gate)` of each pair of elements.
+    fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        self.base().silu_mul(gate, up, out);
+    }
+
+    /// `a * sigmoid(1.702 a) * (b + 1)` of pairs that lie side by side, within `limit`
+    /// ([`gegelu`](crate::gegelu)).
+    fn gegelu(&self, up: &[f32], limit: f32, out: &mut [f32]) {
+        self.base().gegelu(up, limit, out);
+    }
+
     /// Rounds groups of `group` activations to eight bits: [`scalar::quantize`](crate::scalar).
     fn quantize(
         &self,

@@ -309,11 +309,12 @@ pub fn silu_mul(gate_up: &[f32], intermediate: usize, out: &mut [f32]) {
         2 * n,
     );
     let work = out.len().saturating_mul(EXP_WORK);
+    let backend = dispatch::backend();
     threads::for_each_part(out, intermediate, work, |first, out| {
         let gate_up = gate_up[2 * first * intermediate..].chunks_exact(2 * intermediate);
         for (gate_up, out) in gate_up.zip(out.chunks_exact_mut(intermediate)) {
             let (gate, up) = gate_up.split_at(intermediate);
-            scalar::silu_mul_row(gate, up, out);
+            backend.silu_mul(gate, up, out);
         }
     });
 }
@@ -327,8 +328,9 @@ pub fn silu_mul(gate_up: &[f32], intermediate: usize, out: &mut [f32]) {
 pub fn gegelu(up: &[f32], limit: f32, out: &mut [f32]) {
     check_rows("gegelu: up", up.len(), 2, out.len());
     let work = out.len().saturating_mul(EXP_WORK);
+    let backend = dispatch::backend();
     threads::for_each_part(out, 1, work, |first, out| {
-        scalar::gegelu_row(&up[2 * first..][..2 * out.len()], limit, out);
+        backend.gegelu(&up[2 * first..][..2 * out.len()], limit, out);
     });
 }
 

@@ -130,7 +130,7 @@ pub(crate) fn quick_gelu(x: &mut [f32]) {
 
 /// `exp(x)` within 2 units in the last place, of which the compiler can do several at once: 2^k
 /// times a polynomial, k being what rounding `x / ln 2` to an integer leaves in the low bits of a
-/// large number. What would be infinite is at most 2e38, what would be subnormal 1e-38; NaN stays.
+/// large number. What would be from 1.7e38 on is 1.7e38 or infinite, what would be subnormal 1e-38; NaN stays.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     // 1.5 * 2^23: numbers of this size are whole.
@@ -147,6 +147,7 @@ fn exp(x: f32) -> f32 {
         0.5,
     ];
     // Comparisons, since `min` and `max` would lose a NaN.
+    let too_large = x > 88.73;
     let x = if x > 88.0 { 88.0 } else { x };
     let x = if x < -87.0 { -87.0 } else { x };
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
@@ -154,14 +155,15 @@ fn exp(x: f32) -> f32 {
     let r = (x - k * LN_2[0]) - k * LN_2[1];
     let tail = TAYLOR.iter().fold(0.0, |sum, factor| sum * r + factor);
     let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(1f32.to_bits()));
-    (1.0 + (r + r * r * tail)) * power
+    let exp = (1.0 + (r + r * r * tail)) * power;
+    if too_large { f32::INFINITY } else { exp }
 }
 
 /// One row: `up * silu(gate)` with `silu(g) = g / (1 + exp(-g))`.
 #[inline(always)]
 pub(crate) fn silu_mul_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = up * (gate / (1.0 + (-gate).exp()));
+        *out = up * (gate / (1.0 + exp(-gate)));
     }
 }
 
@@ -185,7 +187,7 @@ pub(crate) fn gegelu_row(up: &[f32], limit: f32, out: &mut [f32]) {
     };
     for (out, [a, b]) in out.iter_mut().zip(up.as_chunks::<2>().0) {
         let (a, b) = (below(*a), above(below(*b)));
-        *out = a / (1.0 + (-1.702 * a).exp()) * (b + 1.0);
+        *out = a / (1.0 + exp(-1.702 * a)) * (b + 1.0);
     }
 }
 

@@ -212,7 +212,7 @@ impl PageViews<'_> {
 }
 
 /// How a key or value is stored.
-pub(crate) trait Element: Copy + Default {
+pub(crate) trait Element: Copy + bytemuck::Zeroable {
     /// Elements of a row of `d` numbers.
     fn row_len(d: usize) -> usize;
 
@@ -446,16 +446,14 @@ fn store_rows<T: Element>(
     }
 }
 
-/// Zeros, or an error where the memory is not there: a page of a hostile model may be of any size.
+/// Zeros, or an error where the memory is not there: a page of a hostile model may be of any size. They are
+/// the system's, not written here: of a page that is never filled only what is used becomes real memory.
 fn zeros<T: Element>(len: usize) -> Result<Vec<T>> {
-    let mut zeros = Vec::new();
-    zeros.try_reserve_exact(len).map_err(|_| {
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| {
         Error::Batch(format!(
             "there is no memory for a page of {len} keys in the cache"
         ))
-    })?;
-    zeros.resize(len, T::default());
-    Ok(zeros)
+    })
 }
 
 #[cfg(test)]

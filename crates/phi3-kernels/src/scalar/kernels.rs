@@ -37,6 +37,14 @@ impl Kernels for Scalar {
         super::quick_gelu(x);
     }
 
+    fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        super::silu_mul_row(gate, up, out);
+    }
+
+    fn gegelu(&self, up: &[f32], limit: f32, out: &mut [f32]) {
+        super::gegelu_row(up, limit, out);
+    }
+
     fn quantize(
         &self,
         x: &[f32],

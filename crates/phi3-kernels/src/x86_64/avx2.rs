@@ -56,6 +56,26 @@ impl Avx2 {
         unsafe { wide(x) }
     }
 
+    /// [`scalar::silu_mul_row`], compiled for wider vectors.
+    pub(crate) fn silu_mul(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        #[target_feature(enable = "avx2")]
+        fn wide(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            scalar::silu_mul_row(gate, up, out);
+        }
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { wide(gate, up, out) }
+    }
+
+    /// [`scalar::gegelu_row`], compiled for wider vectors.
+    pub(crate) fn gegelu(self, up: &[f32], limit: f32, out: &mut [f32]) {
+        #[target_feature(enable = "avx2")]
+        fn wide(up: &[f32], limit: f32, out: &mut [f32]) {
+            scalar::gegelu_row(up, limit, out);
+        }
+        // SAFETY: `self` exists only where `new` detected the features.
+        unsafe { wide(up, limit, out) }
+    }
+
     /// [`scalar::quantize`], the same operations in wider vectors.
     pub(crate) fn quantize(
         self,

@@ -35,6 +35,14 @@ impl Kernels for Avx2 {
         Avx2::quick_gelu(*self, x);
     }
 
+    fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        Avx2::silu_mul(*self, gate, up, out);
+    }
+
+    fn gegelu(&self, up: &[f32], limit: f32, out: &mut [f32]) {
+        Avx2::gegelu(*self, up, limit, out);
+    }
+
     fn quantize(
         &self,
         x: &[f32],
