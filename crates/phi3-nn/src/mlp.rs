@@ -33,8 +33,7 @@ impl GatedMlp {
     /// # Errors
     /// Those of the linear layers.
     pub fn forward(&self, x: &Tensor, packed: &mut Packed<'_, '_>) -> Result<Tensor> {
-        let gate_up = packed.linear(&self.gate_up_proj, x)?; // [n, 2I]
-        let inner = silu_mul(&gate_up)?; // [n, I]
+        let inner = packed.linear_silu_mul(&self.gate_up_proj, x)?; // [n, I]
         packed.linear(&self.down_proj, &inner)
     }
 }

@@ -230,12 +230,25 @@ impl<'a, 's> Packed<'a, 's> {
     /// # Errors
     /// [`Error::Interrupted`], and those of the layer and of the observer.
     pub fn linear(&mut self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+        self.enter(linear, x)?;
+        linear.forward(x)
+    }
+
+    /// [`Linear::forward_silu_mul`], as [`linear`](Self::linear).
+    ///
+    /// # Errors
+    /// Those of [`linear`](Self::linear).
+    pub fn linear_silu_mul(&mut self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+        self.enter(linear, x)?;
+        linear.forward_silu_mul(x)
+    }
+
+    fn enter(&mut self, linear: &Linear, x: &Tensor) -> Result<()> {
         // Every layer of every model comes by here, and takes longer than to ask.
         if self.spans.iter().all(Span::is_interrupted) {
             return Err(Error::Interrupted);
         }
-        self.observe(linear.name(), x)?;
-        linear.forward(x)
+        self.observe(linear.name(), x)
     }
 
     /// f32 logits `[rows, vocab_size]` of the rows of `x` `[n, hidden]` that the caller wants; `head`

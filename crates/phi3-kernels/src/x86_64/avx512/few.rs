@@ -3,11 +3,6 @@
 //! The bytes of sixteen rows are turned as in [`panel`](super::panel), but multiplied out of the registers
 //! that they are turned in.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index into several arrays; closures in iterators would lose the target features"
-)]
-
 use super::int8::{
     Lanes, NO_LANES, add, add_block, add_group, load_lanes, of_one_length, offsets, scale,
     store_lanes,
