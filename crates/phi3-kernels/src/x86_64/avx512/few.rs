@@ -3,12 +3,12 @@
 //! The bytes of sixteen rows are turned as in [`panel`](super::panel), but multiplied out of the registers
 //! that they are turned in.
 
-use super::int8::{
-    Lanes, NO_LANES, add, add_block, add_group, load_lanes, of_one_length, offsets, scale,
-    store_lanes,
-};
 use super::panel::{
     High, NO_FACTORS, PANEL_ROWS, columns, group, low, lows, sixteen_factors, unpack_factors,
+};
+use super::products::{
+    Lanes, NO_LANES, add, add_block, add_group, load_lanes, of_one_length, offsets, scale,
+    store_lanes,
 };
 use crate::MatrixRef;
 use crate::activations::Quantized;
@@ -16,7 +16,7 @@ use crate::x86_64::gemm::Ahead;
 use crate::x86_64::layouts::{LANES, Layouts, SuperTile, TILE, Tile};
 use crate::x86_64::panel::PanelRows;
 
-/// The most tiles whose sums stay in registers beside the weights of a block.
+/// The most tiles whose integers stay in registers beside the weights of a block.
 const MAX_TILES: usize = 3;
 
 /// The most tokens that are multiplied here.

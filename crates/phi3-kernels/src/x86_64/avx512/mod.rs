@@ -6,6 +6,7 @@ mod few;
 mod gemv;
 mod int8;
 mod panel;
+mod products;
 mod tile;
 mod vector;
 
