@@ -1,4 +1,4 @@
-//! Products of quantized weights with several tokens by VNNI, which adds four products of bytes to a
+//! Products of quantized weights with more tokens than [`few`] by VNNI, which adds four products of bytes to a
 //! dword at once.
 //!
 //! As in [`gemm`](crate::x86_64::gemm), sixteen rows are unpacked to bytes, as many blocks at a time
@@ -50,7 +50,7 @@ pub(in crate::x86_64) fn int8_rows(
             }
         };
     }
-    // Types of which AVX2 multiplies one token or two.
+    // Types of which AVX2 multiplies what is not worth a panel.
     macro_rules! blocks {
         ($id:ident, $bytes:literal) => {
             rows!(
