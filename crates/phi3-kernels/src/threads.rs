@@ -37,6 +37,23 @@ pub fn num_threads() -> usize {
     pool().threads()
 }
 
+/// The calling thread as one of the kernels' threads ([`occupy_thread`]).
+#[derive(Debug)]
+#[must_use = "the thread is counted until this is dropped"]
+pub struct OccupiedThread {
+    _counted: pool::Occupied,
+}
+
+/// Counts the calling thread among the threads that kernels use, between its kernels as well as in
+/// them, until the value is dropped: for several threads that each go through a model of their own.
+/// While there are as many of them as [`num_threads`], each does its work alone, and when one has
+/// ended the others are helped.
+pub fn occupy_thread() -> OccupiedThread {
+    OccupiedThread {
+        _counted: pool().occupy(),
+    }
+}
+
 /// Cuts `out` into parts of whole items (`item` elements each) and calls `f(first item, part)`
 /// for each, with the threads of the pool when `work`, in multiply-adds, pays for them. How
 /// many items a part holds depends on work and threads, so a result must not depend on it.

@@ -7,8 +7,8 @@ use std::thread;
 use crate::error::Result;
 
 /// `f` of every item, in order. At most `most` items, and no more than the kernels have threads, are
-/// worked on at a time, each by a thread of its own: while one copies or waits, the kernels' threads
-/// work for another.
+/// worked on at a time, each by a thread of its own, which the kernels count as one of theirs: they
+/// help where there are fewer items left than threads.
 ///
 /// ```
 /// let squares = phi3_nn::in_lanes(&[1, 2, 3], 2, |x| Ok(x * x))?;
@@ -29,6 +29,7 @@ pub fn in_lanes<T: Sync, R: Send>(
     }
     let next = AtomicUsize::new(0);
     let lane = || -> Result<Vec<(usize, R)>> {
+        let _occupied = phi3_kernels::occupy_thread();
         let mut done = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);

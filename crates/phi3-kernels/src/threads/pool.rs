@@ -7,6 +7,7 @@
 
 use std::any::Any;
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,6 +24,8 @@ const LOOKS_AT_ONCE: usize = 64;
 thread_local! {
     /// Whether this thread is in a task.
     static IN_TASK: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread is counted as busy between its calls, too.
+    static OCCUPIED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A number of threads, of which a caller is one.
@@ -40,8 +43,26 @@ struct Shared {
     wake: Condvar,
     /// How many jobs there have been, so that looking needs no lock.
     epoch: AtomicU64,
-    /// Threads in tasks.
+    /// Threads in tasks, and those that are counted as busy between them.
     busy: AtomicUsize,
+}
+
+/// While it lives, its thread counts as one that works, as [`Pool::occupy`] says.
+#[derive(Debug)]
+pub(super) struct Occupied {
+    /// None where the thread was counted already.
+    shared: Option<Arc<Shared>>,
+    /// What a thread counts for may not end on another one.
+    of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.shared {
+            OCCUPIED.set(false);
+            shared.busy.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -98,6 +119,19 @@ impl Pool {
         };
         self.shared.run(items.len(), &call);
     }
+
+    /// Counts the calling thread as one that works, between its calls as well as in them, so that no
+    /// worker takes its core meanwhile.
+    pub(super) fn occupy(&self) -> Occupied {
+        let shared = (!OCCUPIED.replace(true)).then(|| {
+            self.shared.busy.fetch_add(1, Ordering::Relaxed);
+            Arc::clone(&self.shared)
+        });
+        Occupied {
+            shared,
+            of_this_thread: PhantomData,
+        }
+    }
 }
 
 impl Drop for Pool {
@@ -138,19 +172,21 @@ impl Shared {
     /// Calls `call` for 0 to `tasks - 1`, with whatever threads come.
     fn run(&self, tasks: usize, call: &(dyn Fn(usize) + Sync)) {
         let job = Arc::new(Job::new(tasks, self.threads.min(tasks), call));
-        self.busy.fetch_add(1, Ordering::Relaxed);
+        let uncounted = usize::from(!OCCUPIED.get());
+        let busy = uncounted + self.busy.fetch_add(uncounted, Ordering::Relaxed);
         let wanted = {
             let mut state = self.state();
             state.jobs.push(Arc::clone(&job));
             self.epoch.fetch_add(1, Ordering::Release);
-            state.sleepers.min(tasks - 1)
+            let idle = self.threads.saturating_sub(busy);
+            state.sleepers.min(tasks - 1).min(idle)
         };
         for _ in 0..wanted {
             self.wake.notify_one();
         }
         job.work();
         job.wait();
-        self.busy.fetch_sub(1, Ordering::Relaxed);
+        self.busy.fetch_sub(uncounted, Ordering::Relaxed);
         self.state().jobs.retain(|other| !Arc::ptr_eq(other, &job));
         if let Some(panic) = job
             .panic
@@ -171,7 +207,9 @@ impl Shared {
                 self.busy.fetch_sub(1, Ordering::Relaxed);
                 continue;
             }
-            if look(|| self.epoch.load(Ordering::Acquire) != epoch) {
+            // Where all cores are taken, looking would take one from those who work.
+            let full = self.busy.load(Ordering::Relaxed) >= self.threads;
+            if !full && look(|| self.epoch.load(Ordering::Acquire) != epoch) {
                 continue;
             }
             let mut state = self.state();
@@ -357,6 +395,34 @@ mod tests {
             });
             assert!(items.contains(&true) && items.contains(&false), "{items:?}");
         }
+    }
+
+    #[test]
+    fn nobody_helps_where_all_threads_are_occupied() {
+        let pool = Pool::new(2);
+        let helped = |pool: &Pool| {
+            let (mut items, caller) = ([false; 4], thread::current().id());
+            pool.for_each(&mut items, |_, other| {
+                thread::sleep(Duration::from_millis(20));
+                *other = thread::current().id() != caller;
+            });
+            items.contains(&true)
+        };
+        let all = std::sync::Barrier::new(2);
+        let of_two = || {
+            let occupied = pool.occupy();
+            // Counted once, however often it says so.
+            drop(pool.occupy());
+            all.wait();
+            assert!(!helped(&pool), "both threads are occupied");
+            all.wait();
+            drop(occupied);
+        };
+        thread::scope(|scope| {
+            scope.spawn(of_two);
+            of_two();
+        });
+        assert!(helped(&pool), "the other one is free again");
     }
 
     #[test]

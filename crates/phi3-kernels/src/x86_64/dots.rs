@@ -21,7 +21,7 @@ mod kernels;
 const CHUNK_BYTES: usize = 192 << 10;
 
 /// Blocks of columns that a tile of many tokens goes through before the next rows.
-const BLOCKS_AT_ONCE: usize = 3;
+const BLOCKS_AT_ONCE: usize = 2;
 
 /// How far ahead of their use weights of few tokens are asked for, in bytes of a row and, at its end, of the
 /// rows of the next tile: into the second-level cache, for in the first they are in the tokens' way.

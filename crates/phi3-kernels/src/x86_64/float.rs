@@ -1,7 +1,7 @@
 //! Products with f32 activations: of float weights, and of any type where rows are narrow. Few tokens
 //! with weights in half precision are the business of [`dots`](super::dots).
 //!
-//! A lane is a row. 256 columns of sixteen rows are decoded and turned, so that sixteen weights
+//! A lane is a row. 512 columns of sixteen rows are decoded and turned, so that sixteen weights
 //! of a column lie side by side, and multiplied with the tokens of a
 //! [register tile](RegisterTile) at a time. A sum goes through the columns of a block one by
 //! one, by fused multiply-adds from zero on, and the blocks are added in order: the same for one
@@ -20,20 +20,21 @@ use std::arch::x86_64::*;
 
 use super::avx2::decode;
 use super::narrow;
-use super::tile::{self, Lanes, MAX_ROWS, RegisterTile};
-use super::vector::{halves, load, load_f32, prefetch, store_f32, transpose, transpose_words};
+use super::tile::{self, Lanes, RegisterTile};
+use super::vector::{halves, load, prefetch, store_f32, transpose, transpose_words};
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
 
-/// Columns of a block. Whole blocks of every type.
-pub(super) const BLOCK: usize = 256;
+/// Columns of a block. Whole blocks of every type; a panel of so many fills the first-level cache,
+/// into which it streams from the second-level one as fast as it is used.
+pub(super) const BLOCK: usize = 512;
 /// Rows of a panel, in two vectors.
 const PANEL_ROWS: usize = 16;
-/// Panels that a chunk of tokens goes through, one after another: 256 KiB, in the second-level
+/// Panels that a chunk of tokens goes through, one after another: 512 KiB, in the second-level
 /// cache beside this chunk and the next.
 const PANELS: usize = 16;
-/// Tokens of a chunk: 36 KiB of a block of columns.
-const CHUNK: usize = 36;
+/// Tokens of a chunk: 48 KiB of a block of columns.
+const CHUNK: usize = 24;
 /// Tokens up to which weights are better read in one stream, a panel at a time.
 const FEW_TOKENS: usize = 6;
 
@@ -217,7 +218,7 @@ fn products<T: RegisterTile, E: Eight<BYTES>, const BYTES: usize>(
                         one_token::<E, BYTES>(&weights, ahead, x)
                     }
                 };
-                add(sums, first_col == 0, &mut out[start..end]);
+                tile::add(sums, first_col == 0, &mut out[start..end]);
                 continue;
             }
             for (i, panel) in turned.iter_mut().enumerate() {
@@ -254,7 +255,10 @@ fn products<T: RegisterTile, E: Eight<BYTES>, const BYTES: usize>(
                         for out in out.iter() {
                             ask_for(&out[rows.clone()]);
                         }
-                        add_tile::<T>(panel, x, first_col == 0, out, rows.clone());
+                        // SAFETY: this is called where the processor has the instructions of the tile.
+                        unsafe {
+                            T::add_products(panel, x, first_col == 0, out, rows.clone());
+                        };
                     }
                 }
             }
@@ -282,27 +286,6 @@ fn ask_for(numbers: &[f32]) {
         unsafe {
             _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast())
         };
-    }
-}
-
-/// Adds a block's sums of up to sixteen rows to `out`; `first`: overwrites it.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn add(sums: [__m256; 2], first: bool, out: &mut [f32]) {
-    if let ([low, high], []) = out.as_chunks_mut::<8>() {
-        for (out, sums) in [low, high].into_iter().zip(sums) {
-            let before = load_f32(out);
-            *out = store_f32(if first {
-                sums
-            } else {
-                _mm256_add_ps(before, sums)
-            });
-        }
-        return;
-    }
-    let sums = [store_f32(sums[0]), store_f32(sums[1])];
-    for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
-        *out = if first { *sum } else { *out + sum };
     }
 }
 
@@ -454,25 +437,4 @@ fn add_column(lanes: [__m256; 2], x: f32, sums: [__m256; 2]) -> [__m256; 2] {
         _mm256_fmadd_ps(lanes[0], x, sums[0]),
         _mm256_fmadd_ps(lanes[1], x, sums[1]),
     ]
-}
-
-/// Adds the products of a panel with the tokens of a tile to `rows` of their outputs; `first`:
-/// overwrites them.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn add_tile<T: RegisterTile>(
-    panel: &[Lanes],
-    x: &[[f32; BLOCK]],
-    first: bool,
-    out: &mut [&mut [f32]],
-    rows: std::ops::Range<usize>,
-) {
-    let mut sums = [Lanes::ZERO; MAX_ROWS];
-    let sums = &mut sums[..x.len()];
-    // SAFETY: `matmul_rows` is called where the processor has the instructions of the tile.
-    unsafe { T::multiply(panel, x.as_flattened(), BLOCK, sums) };
-    for (out, Lanes([low, high])) in out.iter_mut().zip(sums) {
-        let sums = [load_f32(low), load_f32(high)];
-        add(sums, first, &mut out[rows.clone()]);
-    }
 }

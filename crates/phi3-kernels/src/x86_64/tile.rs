@@ -5,6 +5,7 @@
 //! multipliers as the limit.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use crate::backend::Rows;
 
@@ -24,6 +25,82 @@ pub(super) trait RegisterTile {
     /// # Safety
     /// The processor has the instructions of the tile.
     unsafe fn multiply(panel: &[Lanes], x: &[f32], stride: usize, sums: &mut [Lanes]);
+
+    /// Adds the products of `panel` with the rows of `x`, as [`multiply`](Self::multiply) sums them, to
+    /// `columns`, at most sixteen, of each of `out`; `first`: overwrites them.
+    ///
+    /// All is loaded before the first store: rows of outputs often lie a multiple of 4 KiB apart, and a
+    /// load waits for a store before it whose address has the same lower twelve bits.
+    ///
+    /// # Safety
+    /// The processor has the instructions of the tile, and AVX2.
+    #[inline(always)]
+    unsafe fn add_products<const BLOCK: usize>(
+        panel: &[Lanes],
+        x: &[[f32; BLOCK]],
+        first: bool,
+        out: &mut [&mut [f32]],
+        columns: Range<usize>,
+    ) {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { add_products::<Self, BLOCK>(panel, x, first, out, columns) }
+    }
+}
+
+/// [`RegisterTile::add_products`] by way of sums in memory.
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn add_products<T: RegisterTile + ?Sized, const BLOCK: usize>(
+    panel: &[Lanes],
+    x: &[[f32; BLOCK]],
+    first: bool,
+    out: &mut [&mut [f32]],
+    columns: Range<usize>,
+) {
+    let mut sums = [Lanes::ZERO; MAX_ROWS];
+    let sums = &mut sums[..x.len()];
+    // SAFETY: the caller vouches for the instructions.
+    unsafe { T::multiply(panel, x.as_flattened(), BLOCK, sums) };
+    if !first {
+        for (out, Lanes([low, high])) in out.iter().zip(&mut *sums) {
+            let sums = plus([load_f32(low), load_f32(high)], &out[columns.clone()]);
+            (*low, *high) = (store_f32(sums[0]), store_f32(sums[1]));
+        }
+    }
+    for (out, Lanes([low, high])) in out.iter_mut().zip(sums) {
+        let sums = [load_f32(low), load_f32(high)];
+        store_lanes(&mut out[columns.clone()], columns.len(), sums);
+    }
+}
+
+/// Adds up to sixteen sums of a block to `out`; `first`: overwrites it.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn add(sums: [__m256; 2], first: bool, out: &mut [f32]) {
+    let sums = if first { sums } else { plus(sums, out) };
+    let count = out.len();
+    store_lanes(out, count, sums);
+}
+
+/// Sums and up to sixteen numbers.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn plus(mut sums: [__m256; 2], numbers: &[f32]) -> [__m256; 2] {
+    let mut some = [[0.0; LANES]; 2];
+    let numbers = match numbers.as_chunks() {
+        ([low, high], []) => [low, high],
+        _ => {
+            some.as_flattened_mut()[..numbers.len()].copy_from_slice(numbers);
+            some.each_ref()
+        }
+    };
+    for half in 0..2 {
+        sums[half] = _mm256_add_ps(load_f32(numbers[half]), sums[half]);
+    }
+    sums
 }
 
 /// Rows of the largest tile.

@@ -3,7 +3,7 @@
 
 use std::arch::asm;
 
-use super::{Kernel, Sums, Tile};
+use super::{BLOCK, Kernel, Sums, Tile};
 use crate::BlockType;
 
 /// AVX2, FMA and F16C: three rows and four tokens are twelve sums, with three vectors of weights and one
@@ -87,6 +87,7 @@ macro_rules! run {
                 q = inout(reg) $tile.w.wrapping_add($tile.ahead + 3 * $tile.stride) => _,
                 s = in(reg) $tile.stride,
                 x = inout(reg) $tile.x => _,
+                token = const size_of::<[f32; BLOCK]>(),
                 to_block = in(reg) $tile.block_stride.wrapping_sub($tile.steps * $line),
                 blocks = inout(reg) $tile.blocks => _,
                 steps = in(reg) $tile.steps,
@@ -103,7 +104,7 @@ macro_rules! run {
 macro_rules! token_512 {
     ($t:literal $a:literal $b:literal $c:literal $d:literal) => {
         concat!(
-            "vmovups zmm28, [{x} + 1024*",
+            "vmovups zmm28, [{x} + {token}*",
             $t,
             "]\n",
             "vfmadd231ps zmm",
@@ -204,7 +205,7 @@ impl Kernel for Avx512 {
 macro_rules! token_256 {
     ($t:literal $a:literal $b:literal $c:literal) => {
         concat!(
-            "vmovups ymm15, [{x} + 1024*",
+            "vmovups ymm15, [{x} + {token}*",
             $t,
             "]\n",
             "vfmadd231ps ymm",
