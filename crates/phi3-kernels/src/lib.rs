@@ -37,6 +37,7 @@ mod block_sparse;
 mod dispatch;
 mod environment;
 mod finish;
+mod heads;
 #[cfg(test)]
 mod int8_tests;
 mod ops;
@@ -66,9 +67,10 @@ pub use block::{BlockType, MatrixRef, ParseBlockTypeError, ShapeError};
 pub use block_sparse::BlockSparseLayout;
 pub use environment::{EnvironmentError, check_environment};
 pub use finish::{Finish, finish_rows};
+pub use heads::{Heads, Rotation, take_heads};
 pub use ops::{
     add, argmax, dequantize, gather_rows, gegelu, layer_norm, linear, matmul, quick_gelu, rms_norm,
-    rope, silu_mul,
+    silu_mul,
 };
 pub use probe::{InstructionSet, Probe, probe};
 pub use products::{Product, combine_rows, linear_all};

@@ -334,47 +334,6 @@ pub fn gegelu(up: &[f32], limit: f32, out: &mut [f32]) {
     });
 }
 
-/// Rotary position embedding in place, in the layout of GPT-NeoX (`rotate_half`): in every head,
-/// `(x[j], x[j + rotary_half])` is rotated by the angle whose cosine and sine are
-/// `cos[t, j]` and `sin[t, j]`; elements from `2 * rotary_half` on stay as they are.
-///
-/// `x` is `[n, heads, head_dim]`, `cos` and `sin` `[n, rotary_half]`, with whatever factor the
-/// caller's rope variant puts on them.
-///
-/// # Panics
-/// When `2 * rotary_half` is larger than `head_dim`, or the lengths do not fit one n.
-pub fn rope(
-    x: &mut [f32],
-    heads: usize,
-    head_dim: usize,
-    cos: &[f32],
-    sin: &[f32],
-    rotary_half: usize,
-) {
-    assert!(
-        rotary_half <= head_dim / 2,
-        "rope: two halves of {rotary_half} do not fit a head of {head_dim}"
-    );
-    let width = heads.saturating_mul(head_dim);
-    let n = x.len() / width.max(1);
-    check_rows("rope: x", x.len(), width, n);
-    check_rows("rope: cos", cos.len(), rotary_half, n);
-    check_rows("rope: sin", sin.len(), rotary_half, n);
-    if rotary_half == 0 {
-        return;
-    }
-    let work = x.len().saturating_mul(2);
-    threads::for_each_part(x, width, work, |first, x| {
-        let cos = cos[first * rotary_half..].chunks_exact(rotary_half);
-        let sin = sin[first * rotary_half..].chunks_exact(rotary_half);
-        for ((x, cos), sin) in x.chunks_exact_mut(width).zip(cos).zip(sin) {
-            for head in x.chunks_exact_mut(head_dim) {
-                scalar::rope_head(head, cos, sin);
-            }
-        }
-    });
-}
-
 /// The index of the largest value, the first of equals. NaN never wins; `None` when nothing
 /// else is there.
 pub fn argmax(x: &[f32]) -> Option<usize> {
@@ -483,8 +442,6 @@ mod tests {
         gather_rows(w, &[1, 0], &mut []).unwrap();
         rms_norm(&[], &[], 1e-5, &mut []);
         silu_mul(&[], 0, &mut []);
-        rope(&mut [], 0, 4, &[], &[], 2);
-        rope(&mut [1.0; 4], 1, 4, &[], &[], 0);
     }
 
     #[test]

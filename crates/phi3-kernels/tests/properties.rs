@@ -3,7 +3,8 @@
 
 use phi3_kernels::testing::{self, Random};
 use phi3_kernels::{
-    AttentionShape, BlockType, MatrixRef, attend, matmul, rms_norm, rope, set_num_threads, silu_mul,
+    AttentionShape, BlockType, Heads, MatrixRef, Rotation, attend, matmul, rms_norm,
+    set_num_threads, silu_mul, take_heads,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -148,8 +149,10 @@ proptest! {
         }
 
         let (cos, sin) = (random.units(n * half), random.units(n * half));
-        let mut out = x.clone();
-        rope(&mut out, heads, head_dim, &cos, &sin, half);
+        let mut out = vec![f32::NAN; x.len()];
+        let taken: Vec<usize> = (0..heads).collect();
+        let all = Heads { head_dim, in_row: heads, taken: &taken };
+        take_heads(&x, all, Some(Rotation { cos: &cos, sin: &sin, half }), &mut out);
         for (i, expected) in testing::rope(&x, heads, head_dim, &cos, &sin, half).iter().enumerate() {
             prop_assert!(close(out[i], *expected, 1.0, SMALL_OP_TOLERANCE), "element {i}");
             if i % head_dim >= 2 * half {

@@ -93,6 +93,7 @@ impl Linear {
             stored.elements() / stored.columns().max(1),
         );
         let weight = if target.backend() == Backend::Kernels {
+            host::keep_freed_memory();
             Weight::Stored(stored)
         } else {
             let matrices = stored

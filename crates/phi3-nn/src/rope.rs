@@ -14,11 +14,12 @@
 //! Source: transformers `modeling_rope_utils.py` and `modeling_phi3.py`; LongRoPE, arXiv:2402.13753.
 
 use candle_core::{Device, Tensor};
+use phi3_kernels::Rotation;
 use serde::Deserialize;
 
 use crate::config::check_positive;
 use crate::error::{Error, Result};
-use crate::host;
+use crate::{heads, host};
 
 /// Which of LongRoPE's two lists of factors a sequence uses. Models without it stay `Short`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -357,17 +358,27 @@ impl RopeTables {
     /// [`Error::Candle`] if the shapes do not fit.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         if x.device().is_cpu() && !x.track_op() {
-            let (rows, heads, head_dim) = x.dims3()?;
-            let half = self.cos.dim(1)?;
-            let mut out = host::to_vec_f32(x)?;
-            host::with_f32(&self.cos, |cos| {
-                host::with_f32(&self.sin, |sin| {
-                    phi3_kernels::rope(&mut out, heads, head_dim, cos, sin, half);
-                })
-            })??;
-            return Ok(Tensor::from_vec(out, (rows, heads, head_dim), x.device())?);
+            let (_, heads, head_dim) = x.dims3()?;
+            let taken: Vec<usize> = (0..heads).collect();
+            return self.take(x, (heads, head_dim), &taken);
         }
         self.apply_with_candle(x)
+    }
+
+    /// Some heads of rows `x` of `in_row` heads, on the CPU, rotated: `[n, taken, d]`.
+    pub(crate) fn take(
+        &self,
+        x: &Tensor,
+        (in_row, head_dim): (usize, usize),
+        taken: &[usize],
+    ) -> Result<Tensor> {
+        let half = self.cos.dim(1)?;
+        host::with_f32(&self.cos, |cos| {
+            host::with_f32(&self.sin, |sin| {
+                let rotation = Rotation { cos, sin, half };
+                heads::take(x, (in_row, head_dim), taken, Some(rotation))
+            })
+        })??
     }
 
     /// [`RopeTables::apply`] in candle operations: any device, differentiable.

@@ -180,7 +180,6 @@ impl VisionTower {
             true => (1, CROPS_AT_ONCE),
             false => (CROPS_AT_ONCE, 1),
         };
-        keep_freed_memory();
         let chunks: Vec<&[&[f32]]> = crops.chunks(together).collect();
         let parts = in_lanes(&chunks, lanes, |crops| self.features(crops))?;
         Ok(Tensor::cat(&parts, 0)?)
@@ -233,13 +232,6 @@ impl VisionTower {
             .to_dtype(self.weights.dtype())?
             .to_device(self.weights.device())?)
     }
-}
-
-/// Has the C library's allocator keep the memory of activations for the next layer. glibc gives large
-/// blocks back to the system as they are freed, which then clears every page anew: a tenth of the
-/// tower's time. How large it learns from the largest block that comes back, up to 32 MB.
-fn keep_freed_memory() {
-    drop(std::hint::black_box(vec![0u8; 31 << 20]));
 }
 
 /// How many of the `stored` layers make the hidden state `feature_layer`.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use phi3_nn::{
-    AttentionParams, CacheSpec, CausalLm, Embedding, GatedMlp, Input, KvCache, Linear, ModelInfo,
-    Observer, Packed, Result, RmsNorm, RopeTables, RotaryEmbedding, Span, Weights, attention,
-    residual,
+    AttentionParams, CacheSpec, CausalLm, Embedding, FusedHeads, GatedMlp, Input, KvCache, Linear,
+    ModelInfo, Observer, Packed, Qkv, Result, RmsNorm, RopeTables, RotaryEmbedding, Span, Weights,
+    attention, residual,
 };
 
 use crate::config::Config;
@@ -16,9 +16,7 @@ use crate::config::Config;
 struct Attention {
     qkv_proj: Linear,
     o_proj: Linear,
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
+    heads: FusedHeads,
     params: AttentionParams,
 }
 
@@ -29,10 +27,11 @@ impl Attention {
             config.num_key_value_heads,
             config.head_dim,
         );
+        let heads = FusedHeads::side_by_side(h, k, d);
         let qkv_proj = Linear::load(
             weights.pp("qkv_proj"),
             config.hidden_size,
-            (h + 2 * k) * d,
+            heads.row_len(),
             false,
         )?;
         let o_proj = Linear::load(weights.pp("o_proj"), h * d, config.hidden_size, false)?;
@@ -44,9 +43,7 @@ impl Attention {
         Ok(Self {
             qkv_proj,
             o_proj,
-            num_heads: h,
-            num_kv_heads: k,
-            head_dim: d,
+            heads,
             params,
         })
     }
@@ -57,14 +54,13 @@ impl Attention {
         rope: &RopeTables,
         packed: &mut Packed<'_, '_>,
     ) -> Result<Tensor> {
-        let (h, k, d) = (self.num_heads, self.num_kv_heads, self.head_dim);
-        let n = x.dim(0)?;
         let qkv = packed.linear(&self.qkv_proj, x)?; // [n, (h + 2k)·d]
-        let q = qkv.narrow(1, 0, h * d)?.reshape((n, h, d))?; // [n, h, d]
-        let key = qkv.narrow(1, h * d, k * d)?.reshape((n, k, d))?; // [n, k, d]
-        let value = qkv.narrow(1, (h + k) * d, k * d)?.reshape((n, k, d))?; // [n, k, d]
-        let (q, key) = (rope.apply(&q)?, rope.apply(&key)?);
-        let attended = attention(&q, &key, &value, self.params, packed)?; // [n, h·d]
+        let Qkv {
+            queries: q,
+            keys,
+            values,
+        } = self.heads.split(&qkv, rope)?;
+        let attended = attention(&q, &keys, &values, self.params, packed)?; // [n, h·d]
         packed.linear(&self.o_proj, &attended)
     }
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use phi3_nn::mlp::gegelu;
 use phi3_nn::{
-    AttentionParams, CacheSpec, CausalLm, Embedding, Input, KvCache, LayerNorm, Linear, ModelInfo,
-    Observer, Packed, Result, RopeTables, RotaryEmbedding, Span, Weights, attention, residual,
+    AttentionParams, CacheSpec, CausalLm, Embedding, FusedHeads, Input, KvCache, LayerNorm, Linear,
+    ModelInfo, Observer, Packed, Qkv, Result, RopeTables, RotaryEmbedding, Span, Weights,
+    attention, residual,
 };
 
 use crate::config::Config;
@@ -41,9 +42,7 @@ impl Mlp {
 struct SelfAttention {
     query_key_value: Linear,
     dense: Linear,
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
+    heads: FusedHeads,
     params: AttentionParams,
 }
 
@@ -55,17 +54,16 @@ impl SelfAttention {
             config.head_dim,
         );
         let hidden = config.hidden_size;
+        let heads = FusedHeads::grouped(h, k, d);
         Ok(Self {
             query_key_value: Linear::load(
                 weights.pp("query_key_value"),
                 hidden,
-                (h + 2 * k) * d,
+                heads.row_len(),
                 true,
             )?,
             dense: Linear::load(weights.pp("dense"), h * d, hidden, true)?,
-            num_heads: h,
-            num_kv_heads: k,
-            head_dim: d,
+            heads,
             params: AttentionParams {
                 layer_idx,
                 pattern: config.attention(layer_idx),
@@ -80,15 +78,13 @@ impl SelfAttention {
         rope: &RopeTables,
         packed: &mut Packed<'_, '_>,
     ) -> Result<Tensor> {
-        let (h, k, d) = (self.num_heads, self.num_kv_heads, self.head_dim);
-        let (n, g) = (x.dim(0)?, h / k);
         let qkv = packed.linear(&self.query_key_value, x)?; // [n, k·(g + 2)·d]
-        let qkv = qkv.reshape((n, k, g + 2, d))?;
-        let q = qkv.narrow(2, 0, g)?.reshape((n, h, d))?; // [n, h, d]
-        let key = qkv.narrow(2, g, 1)?.reshape((n, k, d))?; // [n, k, d]
-        let value = qkv.narrow(2, g + 1, 1)?.reshape((n, k, d))?; // [n, k, d]
-        let (q, key) = (rope.apply(&q)?, rope.apply(&key)?);
-        let attended = attention(&q, &key, &value, self.params, packed)?; // [n, h·d]
+        let Qkv {
+            queries: q,
+            keys,
+            values,
+        } = self.heads.split(&qkv, rope)?;
+        let attended = attention(&q, &keys, &values, self.params, packed)?; // [n, h·d]
         packed.linear(&self.dense, &attended)
     }
 }

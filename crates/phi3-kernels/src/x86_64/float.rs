@@ -21,7 +21,7 @@ use std::arch::x86_64::*;
 use super::avx2::decode;
 use super::narrow;
 use super::tile::{self, Lanes, RegisterTile};
-use super::vector::{halves, load, prefetch, store_f32, transpose, transpose_words};
+use super::vector::{ask_for_rows, halves, load, prefetch, store_f32, transpose, transpose_words};
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
 
@@ -252,9 +252,7 @@ fn products<T: RegisterTile, E: Eight<BYTES>, const BYTES: usize>(
                     for tile in chunk..tiles.min(chunk + in_chunk) {
                         ask_for_share(tokens_ahead(tile + in_chunk), p, panels);
                         let (x, out) = (&x[tokens(tile)], &mut out[tokens(tile)]);
-                        for out in out.iter() {
-                            ask_for(&out[rows.clone()]);
-                        }
+                        ask_for_rows(out, &rows);
                         // SAFETY: this is called where the processor has the instructions of the tile.
                         unsafe {
                             T::add_products(panel, x, first_col == 0, out, rows.clone());
@@ -274,19 +272,6 @@ fn ask_for_share(x: &[[f32; BLOCK]], i: usize, shares: usize) {
     let x = x.as_flattened();
     let share = i * x.len() / shares..(i + 1) * x.len() / shares;
     prefetch::<_MM_HINT_T1>(&x[share], 0);
-}
-
-/// Asks for up to sixteen numbers, which may lie in two lines.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn ask_for(numbers: &[f32]) {
-    for number in [numbers.first(), numbers.last()].into_iter().flatten() {
-        #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
-        // SAFETY: a prefetch reads nothing and faults at no address.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast())
-        };
-    }
 }
 
 /// The weights of a block of columns of sixteen rows, by eights.

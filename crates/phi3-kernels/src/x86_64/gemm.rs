@@ -11,8 +11,8 @@ use super::groups;
 use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, few_tiles};
 use super::micro::{self, Integers, Lanes, Sums, Weights};
 use super::panel::{
-    EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, PanelRows, SuperPanel, groups_of_32, unpack,
-    unpack_super,
+    EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, PanelRows, SuperPanel, groups_of_32,
+    put_rows, unpack, unpack_super,
 };
 use super::vector::{load, load_f32, prefetch, store_f32};
 use crate::MatrixRef;
@@ -170,9 +170,7 @@ impl<'a> Ahead<'a> {
 
 pub(super) fn bring_home(sums: &[Lanes], start: usize, out: &mut [&mut [f32]]) {
     for (t, out) in out.iter_mut().enumerate() {
-        let sums = sums[t / TILE].0[t % TILE].as_flattened();
-        let rows = PANEL_ROWS.min(out.len() - start);
-        out[start..start + rows].copy_from_slice(&sums[..rows]);
+        put_rows(sums[t / TILE].0[t % TILE].as_flattened(), start, out);
     }
 }
 

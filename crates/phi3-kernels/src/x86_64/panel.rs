@@ -17,6 +17,17 @@ use crate::MatrixRef;
 /// Rows of a panel, in two vectors.
 pub(super) const PANEL_ROWS: usize = 16;
 
+/// Copies a token's sums with the rows of a panel to the elements of its output from `start` on, as many
+/// as there are.
+#[inline(always)]
+pub(super) fn put_rows(sums: &[f32], start: usize, out: &mut [f32]) {
+    let out = &mut out[start..];
+    match (out.first_chunk_mut::<PANEL_ROWS>(), sums.first_chunk()) {
+        (Some(out), Some(sums)) => *out = *sums,
+        _ => out.copy_from_slice(&sums[..out.len()]),
+    }
+}
+
 /// One block of 32 of sixteen rows, eight rows to a vector.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]

@@ -5,6 +5,7 @@
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
+use std::ops::Range;
 
 /// What a vector may be made of and turned into: arrays of 32 bytes that any bits are valid in.
 pub(super) trait Bytes32: Copy {}
@@ -102,6 +103,22 @@ pub(super) fn prefetch<const HINT: i32>(items: &[impl Copy], distance: usize) {
             _mm_prefetch::<HINT>(line)
         };
         at += 64;
+    }
+}
+
+/// Asks for `columns`, up to sixteen, of each row, which may lie in two lines.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn ask_for_rows(rows: &[&mut [f32]], columns: &Range<usize>) {
+    for row in rows {
+        let numbers = &row[columns.clone()];
+        for number in [numbers.first(), numbers.last()].into_iter().flatten() {
+            #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
+            // SAFETY: a prefetch reads nothing and faults at no address.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast())
+            };
+        }
     }
 }
 

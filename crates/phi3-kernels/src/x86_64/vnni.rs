@@ -30,7 +30,7 @@ use super::blocks::{
     self, eight_factors, factors, has_minimum, is_signed, offset_shift, single, superblock,
 };
 use super::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, groups_of};
-use super::panel::PanelRows;
+use super::panel::{PanelRows, put_rows};
 use super::vector::{load, load_f32, store, store_f32, store_i16, transpose};
 use crate::activations::Quantized;
 use crate::backend::Kernels;
@@ -191,9 +191,7 @@ fn rows<V: Vnni, T: Columns, const ID: u32, const BYTES: usize, const PARTS: usi
             }
         }
         for (t, out) in out.iter_mut().enumerate() {
-            let sums = sums[t / TILE][t % TILE].as_flattened();
-            let rows = PANEL_ROWS.min(rows - start);
-            out[start..start + rows].copy_from_slice(&sums[..rows]);
+            put_rows(sums[t / TILE][t % TILE].as_flattened(), start, out);
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::MatrixRef;
 use crate::activations::Quantized;
 use crate::x86_64::gemm::Ahead;
 use crate::x86_64::layouts::{LANES, Layouts, SuperTile, TILE, Tile};
-use crate::x86_64::panel::PanelRows;
+use crate::x86_64::panel::{PanelRows, put_rows};
 
 /// The most tiles whose integers stay in registers beside the weights of a block.
 const MAX_TILES: usize = 3;
@@ -153,9 +153,7 @@ fn panels<F: Format<BYTES>, const BYTES: usize>(
             }
         }
         for (t, out) in out.iter_mut().enumerate() {
-            let sums = &sums[t / TILE].0[t % TILE];
-            let rows = PANEL_ROWS.min(out.len() - start);
-            out[start..start + rows].copy_from_slice(&sums[..rows]);
+            put_rows(&sums[t / TILE].0[t % TILE], start, out);
         }
     }
 }

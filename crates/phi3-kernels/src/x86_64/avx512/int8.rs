@@ -5,6 +5,8 @@
 //! as stay in the first-level cache, and multiplied with all tokens: up to twelve at a time, whose
 //! sums of integers and of floats fill 24 of the 32 registers.
 
+use std::ops::Range;
+
 use super::gemv::super_rows;
 use super::panel::{
     EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, SuperPanel, unpack, unpack_super,
@@ -20,7 +22,8 @@ use crate::backend::Kernels;
 use crate::x86_64::blocks::{self, Q2_K, Q4_K};
 use crate::x86_64::gemm::Ahead;
 use crate::x86_64::layouts::{LANES, Layouts, SuperTile, TILE, Tile, class_len, few_tiles};
-use crate::x86_64::panel::PanelRows;
+use crate::x86_64::panel::{PanelRows, put_rows};
+use crate::x86_64::vector::ask_for_rows;
 use crate::{BlockType, MatrixRef};
 
 /// Tiles that are multiplied at a time.
@@ -235,7 +238,13 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                 for (i, panel) in panel.chunks(1).enumerate() {
                     let class = (first + i) % LANES;
                     let lanes = &mut lanes[class * tiles..][..tiles];
-                    multiply_tiles::<F, BYTES>(panel, &x[first + i..], groups, lanes);
+                    multiply_tiles::<F, BYTES>(
+                        panel,
+                        &x[first + i..],
+                        groups,
+                        lanes,
+                        NOTHING_WRITTEN,
+                    );
                 }
             }
             for lanes in lanes.chunks_exact(tiles) {
@@ -250,27 +259,35 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                 lanes.fill(NO_LANES);
                 for first in (0..len).step_by(at_once) {
                     let panel = &mut panel[..at_once.min(len - first)];
+                    let last = class + 1 == LANES.min(groups) && first + panel.len() == len;
                     for (i, panel) in panel.iter_mut().enumerate() {
                         ahead.go_on();
                         let block = class + (first + i) * LANES;
                         // SAFETY: as above.
                         unsafe { F::unpack(of_rows.sixteen(block), panel) };
                     }
+                    // Rows of outputs lie far apart, and all of them are written when this panel is done.
+                    let written = if last { &*out } else { &[] };
+                    let columns = start..rows.min(start + PANEL_ROWS);
                     let x = &of_class[first..];
-                    multiply_tiles::<F, BYTES>(panel, x, len, &mut lanes);
+                    multiply_tiles::<F, BYTES>(panel, x, len, &mut lanes, (written, &columns));
                 }
                 add(&lanes, &mut sums);
             }
         }
         for (t, out) in out.iter_mut().enumerate() {
-            let sums = &sums[t / TILE].0[t % TILE];
-            let rows = PANEL_ROWS.min(out.len() - start);
-            out[start..start + rows].copy_from_slice(&sums[..rows]);
+            put_rows(&sums[t / TILE].0[t % TILE], start, out);
         }
     }
 }
 
-/// [`Format::multiply`] of all tiles; those of `x` begin `stride` elements behind one another.
+/// Outputs that are written soon, and of which columns.
+type Written<'a> = (&'a [&'a mut [f32]], &'a Range<usize>);
+
+const NOTHING_WRITTEN: Written<'_> = (&[], &(0..0));
+
+/// [`Format::multiply`] of all tiles; those of `x` begin `stride` elements behind one another. Asks for
+/// what is `written` soon.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline]
 fn multiply_tiles<F: Format<BYTES>, const BYTES: usize>(
@@ -278,6 +295,7 @@ fn multiply_tiles<F: Format<BYTES>, const BYTES: usize>(
     x: &[F::Tile],
     stride: usize,
     lanes: &mut [Lanes],
+    (written, columns): Written<'_>,
 ) {
     let at = |tile: usize| &x[tile * stride..][..w.len()];
     let (mut rest, mut tile) = (lanes, 0);
@@ -288,6 +306,8 @@ fn multiply_tiles<F: Format<BYTES>, const BYTES: usize>(
             _ => MAX_TILES,
         };
         let (some, after) = rest.split_at_mut(g);
+        let tokens = (tile * TILE).min(written.len())..((tile + g) * TILE).min(written.len());
+        ask_for_rows(&written[tokens], columns);
         // SAFETY: this function is compiled with the features.
         unsafe {
             match some {
