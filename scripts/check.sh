@@ -83,6 +83,8 @@ trained_model() {
 
 tests() {
   mkdir -p "$(dirname "$test_log")"
+  # JPEG by libjpeg-turbo's C code, which a workspace without the feature does not build.
+  cargo test $locked -q -p phi3-image --features libjpeg --lib --tests
   if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run $locked --workspace --no-fail-fast 2>&1 | tee "$test_log"
   else

@@ -10,7 +10,7 @@ use candle_core::DType;
 use clap::ValueEnum;
 use phi3::hub::quantize::Mix;
 use phi3::hub::{Checkpoint, HubOptions, Source, TerminalProgress};
-use phi3::image::{Image, Limits, animation_frames, folder_frames};
+use phi3::image::{Image, Limits, animation_frames, folder_files};
 use phi3::{CacheType, ContextExtension, DeviceSpec, LanguageModel, LoadOptions};
 
 use crate::output::UsageError;
@@ -182,14 +182,14 @@ impl ImageArgs {
                 images.push(Image::path(path));
                 continue;
             };
-            let limits = Limits::default();
-            let frames = if path.is_dir() {
-                folder_frames(path, wanted.get(), &limits)
+            let name = || path.display().to_string();
+            if path.is_dir() {
+                let files = folder_files(path, wanted.get()).with_context(name)?;
+                images.extend(files.into_iter().map(Image::path));
             } else {
-                animation_frames(path, wanted.get(), &limits)
-            };
-            let frames = frames.with_context(|| path.display().to_string())?;
-            images.extend(frames.into_iter().map(Image::from));
+                let frames = animation_frames(path, wanted.get(), &Limits::default());
+                images.extend(frames.with_context(name)?.into_iter().map(Image::from));
+            }
         }
         Ok(images)
     }

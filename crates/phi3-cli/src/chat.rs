@@ -1,10 +1,10 @@
 //! `phi3 chat`: a conversation in the terminal.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use phi3::image::Image;
-use phi3::text::FinishReason;
+use phi3::text::{CancelToken, FinishReason};
 use phi3::{Chat, LanguageModel};
 
 use crate::args::{ComputeArgs, ImageArgs, SourceArgs, load};
@@ -169,7 +169,22 @@ impl Session<'_> {
             output::note("(/image FILE shows a picture with the next message)");
             return;
         }
-        match self.chat.show(&Image::path(file)) {
+        let path = typed_path(file);
+        if path.is_dir() {
+            output::note(
+                "(that is a folder; /image takes a file, --frames N of a folder's pictures)",
+            );
+            return;
+        }
+        let token = CancelToken::new();
+        if let Err(error) = interrupt::cancels(&token) {
+            output::report(&error);
+        }
+        let shown = self.chat.show(&Image::path(path));
+        if interrupt::done() {
+            output::note("(a picture is looked at to its end; /reset forgets it)");
+        }
+        match shown {
             Ok(layout) => output::note(&format!(
                 "(image {}: {} crops, {} tokens; it goes with the next message)",
                 self.chat.images().len(),
@@ -230,6 +245,39 @@ impl Session<'_> {
 }
 
 /// Whether a word is meant as a command: a path or a fraction is not.
+/// A path as somebody types it, or a terminal into which a file is dropped: perhaps in quotes, or with
+/// backslashes before what a shell would not take as it is, and with the home folder as `~`.
+fn typed_path(typed: &str) -> PathBuf {
+    let quoted = ['\'', '"'].iter().find_map(|quote| {
+        let inner = typed.strip_prefix(*quote)?.strip_suffix(*quote)?;
+        Some(inner.to_owned())
+    });
+    let is_there = Path::new(typed).exists();
+    let path = match quoted {
+        _ if is_there => typed.to_owned(),
+        Some(inner) => inner,
+        None if cfg!(windows) => typed.to_owned(),
+        None => unescaped(typed),
+    };
+    let home = || path.strip_prefix("~/").zip(std::env::home_dir());
+    match home() {
+        Some((rest, home)) if !is_there => home.join(rest),
+        _ => path.into(),
+    }
+}
+
+/// Without the backslashes that precede another character.
+fn unescaped(typed: &str) -> String {
+    let mut chars = typed.chars();
+    let next = || {
+        Some(match chars.next()? {
+            '\\' => chars.next().unwrap_or('\\'),
+            other => other,
+        })
+    };
+    std::iter::from_fn(next).collect()
+}
+
 fn is_command(word: &str) -> bool {
     word.strip_prefix('/')
         .is_some_and(|name| !name.is_empty() && name.chars().all(char::is_alphabetic))
@@ -250,5 +298,22 @@ fn default_history() -> Option<PathBuf> {
     match std::env::var_os("PHI3_HISTORY") {
         Some(path) => (!path.is_empty()).then(|| path.into()),
         None => Some(state()?.join("phi3/history")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_path_is_taken_as_terminals_write_it() {
+        for typed in ["a b.png", "a\\ b.png", "'a b.png'", "\"a b.png\""] {
+            assert_eq!(typed_path(typed), Path::new("a b.png"), "{typed}");
+        }
+        assert_eq!(typed_path("\\\\"), Path::new("\\"));
+        assert_eq!(typed_path("'"), Path::new("'"));
+        let home = std::env::home_dir().unwrap_or_default();
+        assert_eq!(typed_path("~/c.png"), home.join("c.png"));
     }
 }

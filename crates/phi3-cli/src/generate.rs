@@ -1,7 +1,7 @@
 //! `phi3 generate`: one prompt, one answer.
 
 use anyhow::Result;
-use phi3::image::Limits;
+use phi3::image::{Limits, image_tags};
 use phi3::text::{
     EventKind, FinishReason, Finished, Generator, Message, Request, Token, Tokenizer,
 };
@@ -93,9 +93,9 @@ fn prompt_request(model: &LanguageModel, args: &Args, prompt: &str) -> Result<Re
         .map(|k| format!("<|image_{k}|>\n"))
         .collect();
     // A prompt that names its pictures itself is left as it is.
-    let prompt = &match prompt.contains("<|image_1|>") {
-        true => prompt.to_owned(),
-        false => tags + prompt,
+    let prompt = &match image_tags(prompt).is_empty() {
+        true => tags + prompt,
+        false => prompt.to_owned(),
     };
     let template = match args.raw {
         true => None,

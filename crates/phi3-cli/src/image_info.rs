@@ -1,5 +1,6 @@
 //! `phi3 image-info`: what a picture becomes before a model sees it.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -25,6 +26,17 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let processor = processor(args.num_crops)?;
+    if args.save.is_some() {
+        let mut stems = HashSet::new();
+        for file in &args.files {
+            let stem = file.file_stem().unwrap_or_default();
+            ensure!(
+                stems.insert(stem),
+                "--save: two files are called {}; the PNG files of one would replace the other's",
+                stem.to_string_lossy()
+            );
+        }
+    }
     for file in &args.files {
         let image = Image::path(file).open(&Limits::default())?;
         let layout = processor
@@ -41,7 +53,9 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn processor(num_crops: usize) -> Result<Processor> {
-    Ok(Processor::default().with_num_crops(num_crops)?)
+    Processor::default()
+        .with_num_crops(num_crops)
+        .context("--num-crops")
 }
 
 fn describe(file: &Path, width: usize, height: usize, layout: &Layout) -> String {

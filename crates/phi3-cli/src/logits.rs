@@ -111,7 +111,12 @@ pub fn run(args: &Args) -> Result<()> {
     let mut model = load_exactly(&args.source, &args.compute)?;
     args.images.prepare(&mut model)?;
     let shown = match &args.prompt {
-        Some(prompt) => Some(show(&model, prompt, &args.images)?),
+        Some(prompt) => {
+            let shown = show(&model, prompt, &args.images)?;
+            check_length(shown.input_ids.len(), args.generate, model.model().info())
+                .context("--prompt")?;
+            Some(shown)
+        }
         None => None,
     };
     let model = model.model().as_ref();
@@ -175,7 +180,10 @@ fn show(model: &LanguageModel, prompt: &str, args: &ImageArgs) -> Result<Shown> 
     let processor = model.image_processor()?;
     let mut processed = Vec::new();
     for image in args.images()? {
-        let image = processor.process(&image.open(&Limits::default())?)?;
+        let pixels = image.open(&Limits::default())?;
+        let image = processor
+            .process(&pixels)
+            .with_context(|| format!("{image:?}"))?;
         shown.pixel_values.extend(image.filled(processor.num_crops));
         let size = [image.layout.height(), image.layout.width()];
         for side in size {
@@ -241,20 +249,23 @@ impl IdsFile {
         if let Some((idx, id)) = (self.ids.iter().enumerate()).find(|(_, id)| outside(**id)) {
             bail!("element {idx} is {id}, which is outside the model's vocabulary of {vocab}");
         }
-        // The last generated id does not run.
-        let length = self.ids.len().saturating_add(generate.saturating_sub(1));
-        let context = info.max_position_embeddings;
-        ensure!(
-            length <= context,
-            "{} ids{} are longer than the model's context of {context} tokens",
-            self.ids.len(),
-            match generate {
-                0 | 1 => String::new(),
-                _ => format!(" and {generate} generated ones"),
-            }
-        );
-        Ok(())
+        check_length(self.ids.len(), generate, info)
     }
+}
+
+fn check_length(ids: usize, generate: usize, info: &ModelInfo) -> Result<()> {
+    // The last generated id does not run.
+    let length = ids.saturating_add(generate.saturating_sub(1));
+    let context = info.max_position_embeddings;
+    ensure!(
+        length <= context,
+        "{ids} ids{} are longer than the model's context of {context} tokens",
+        match generate {
+            0 | 1 => String::new(),
+            _ => format!(" and {generate} generated ones"),
+        }
+    );
+    Ok(())
 }
 
 /// A place that cannot be written to is better known before the model runs than after.

@@ -5,7 +5,7 @@ use std::io::Cursor;
 use image::error::{ImageError, LimitErrorKind};
 use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
 
-use crate::{Error, Limits, Result, Rgb};
+use crate::{Error, Limits, Result, Rgb, gif};
 
 /// Decodes the content of a file.
 ///
@@ -18,6 +18,14 @@ pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Rgb> {
     let name = name(format).ok_or(Error::Format)?;
     if format == ImageFormat::Jpeg && !has_end_of_jpeg(bytes) {
         return Err(Error::Truncated { format: name });
+    }
+    if format == ImageFormat::WebP && !has_all_of_webp(bytes) {
+        return Err(Error::Truncated { format: name });
+    }
+    if format == ImageFormat::Gif
+        && let Some(picture) = gif::decode_partial(bytes, limits)?
+    {
+        return Ok(picture);
     }
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(image_limits(limits));
@@ -155,6 +163,16 @@ fn has_end_of_jpeg(bytes: &[u8]) -> bool {
     rest.windows(2).any(|pair| pair == END)
 }
 
+/// Whether the file is as long as its RIFF header says. Of a lossy picture that ends early the decoder
+/// makes something; Pillow refuses such a file.
+fn has_all_of_webp(bytes: &[u8]) -> bool {
+    const HEADER: u64 = 8;
+    let Some([_, _, _, _, size @ ..]) = bytes.first_chunk::<8>() else {
+        return false;
+    };
+    HEADER + u64::from(u32::from_le_bytes(*size)) <= bytes.len() as u64
+}
+
 /// Samples as RGB bytes, within the same allocation where that is large enough.
 fn rgb_bytes(image: DynamicImage) -> Option<Vec<u8>> {
     let high = |sample: &u16| (sample >> 8) as u8;
@@ -203,6 +221,14 @@ mod tests {
         ));
         assert!(!has_end_of_jpeg(&thumbnail[..5]));
         assert!(!has_end_of_jpeg(&[]));
+    }
+
+    #[test]
+    fn a_webp_file_is_as_long_as_it_says() {
+        assert!(has_all_of_webp(b"RIFF\x04\0\0\0WEBP"));
+        assert!(!has_all_of_webp(b"RIFF\x05\0\0\0WEBP"));
+        assert!(!has_all_of_webp(b"RIFF\xff\xff\xff\xffWEBP"));
+        assert!(!has_all_of_webp(b"RIFF"));
     }
 
     #[test]

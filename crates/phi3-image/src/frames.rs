@@ -36,12 +36,21 @@ pub fn evenly_spaced(count: usize, wanted: usize) -> Vec<usize> {
     (0..wanted).map(|i| middle(i) as usize).collect()
 }
 
+/// The pictures of [`folder_files`], decoded.
+///
+/// # Errors
+/// Those of [`folder_files`] and of [`crate::read`].
+pub fn folder_frames(folder: &Path, wanted: usize, limits: &Limits) -> Result<Vec<Rgb>> {
+    let files = folder_files(folder, wanted)?;
+    files.iter().map(|path| crate::read(path, limits)).collect()
+}
+
 /// `wanted` pictures of a folder, evenly spaced in the order of their names; numbers in names count
 /// as numbers, so that `frame10` follows `frame9`. What is no picture by its name is passed over.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::NoPictures`], and those of [`crate::read`].
-pub fn folder_frames(folder: &Path, wanted: usize, limits: &Limits) -> Result<Vec<Rgb>> {
+/// [`Error::Io`] or [`Error::NoPictures`].
+pub fn folder_files(folder: &Path, wanted: usize) -> Result<Vec<PathBuf>> {
     let io = |source| Error::Io {
         path: folder.to_owned(),
         source,
@@ -61,9 +70,8 @@ pub fn folder_frames(folder: &Path, wanted: usize, limits: &Limits) -> Result<Ve
         });
     }
     files.sort_by_cached_key(|path| natural_key(&path.to_string_lossy()));
-    let chosen = evenly_spaced(files.len(), wanted);
-    let files = chosen.into_iter().filter_map(|i| files.get(i));
-    files.map(|path| crate::read(path, limits)).collect()
+    let chosen = evenly_spaced(files.len(), wanted).into_iter();
+    Ok(chosen.filter_map(|i| files.get(i).cloned()).collect())
 }
 
 /// `wanted` frames of an animated GIF or WebP file, evenly spaced; a file of one picture is that.

@@ -7,7 +7,8 @@
 //! - EXIF orientation is not applied.
 //! - A picture of more than [`Limits::max_pixels`] pixels, or a file of more than
 //!   [`Limits::max_bytes`] bytes, is an error before anything of its size is allocated. Decoding
-//!   takes at most 9 bytes for each pixel besides the file itself, 16 for an animation.
+//!   takes at most 9 bytes for each pixel besides the file itself, 16 for an animation, and what a color
+//!   profile in it takes, which is within the same limit.
 //! - A file that ends early is an error.
 //!
 //! PNG, BMP, GIF and lossless WebP agree with Pillow in every byte. JPEG does with the feature
@@ -19,6 +20,7 @@
 
 mod decode;
 mod frames;
+mod gif;
 #[cfg(feature = "libjpeg")]
 mod libjpeg;
 
@@ -27,7 +29,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use decode::{decode, encode_png};
-pub use frames::{animation_frames, evenly_spaced, folder_frames};
+pub use frames::{animation_frames, evenly_spaced, folder_files, folder_frames};
 
 /// What a picture may cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

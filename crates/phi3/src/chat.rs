@@ -105,12 +105,13 @@ impl<'m> Chat<'m> {
     /// now; later turns compute nothing of it again.
     ///
     /// # Errors
-    /// [`Error::Blind`] if the model sees no pictures; those of [`Image::open`], and of the pictures of
-    /// [`Chat::set_messages`].
+    /// [`Error::Blind`] if the model sees no pictures; [`Error::Text`] if its context does not hold this
+    /// one beside the others; those of [`Image::open`], and of the pictures of [`Chat::set_messages`].
     pub fn show(&mut self, image: &Image) -> Result<Layout> {
         let source = image.source()?;
         self.look()?;
-        let seen = self.model.see(std::slice::from_ref(image), &self.limits)?;
+        let image = std::slice::from_ref(image);
+        let seen = self.model.see_beside(&self.images, image, &self.limits)?;
         let layout = seen.first().map(|seen| *seen.layout());
         self.images.extend(seen);
         self.sources.push(source.clone());
@@ -133,7 +134,8 @@ impl<'m> Chat<'m> {
         }
         let open = |source| Image::from_source(source, self.fetch.as_ref());
         let unseen = unseen.iter().map(open).collect::<Result<Vec<_>>>()?;
-        self.images.extend(self.model.see(&unseen, &self.limits)?);
+        let seen = self.model.see_beside(&self.images, &unseen, &self.limits)?;
+        self.images.extend(seen);
         Ok(())
     }
 

@@ -84,7 +84,15 @@ pub enum Error {
     /// A message has an image that does not say where it comes from.
     #[error("a message shows an image without a path, bytes or a URL")]
     NoSource,
-    /// A picture cannot be cut, or a prompt does not name its pictures.
+    /// A picture cannot be cut.
+    #[error("{name}")]
+    Uncut {
+        /// The file or URL.
+        name: String,
+        /// Why.
+        source: phi_3_5_vision::processor::Error,
+    },
+    /// A number of crops that is none, or a prompt that does not name its pictures.
     #[error(transparent)]
     Pixels(#[from] phi_3_5_vision::processor::Error),
     /// The checkpoint has no chat template.

@@ -4,8 +4,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use phi_3_5_vision::processor::{CROP, Layout, ProcessedImage, Processor, RgbImage};
-pub use phi3_image::{Limits, animation_frames, encode_png, evenly_spaced, folder_frames};
+pub use phi_3_5_vision::processor::{
+    CROP, Layout, ProcessedImage, Processor, RgbImage, tags as image_tags,
+};
+pub use phi3_image::{
+    Limits, animation_frames, encode_png, evenly_spaced, folder_files, folder_frames,
+};
 
 use phi3_text::ImageSource;
 
@@ -125,7 +129,7 @@ impl Image {
     }
 
     /// How messages call it.
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match &self.0 {
             Source::Path(path) => path.display().to_string(),
             Source::Bytes(_) | Source::Pixels(_) => "the image".to_owned(),

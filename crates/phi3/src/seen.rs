@@ -1,10 +1,11 @@
 //! A model that sees: pictures become features, and prompts show them.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use candle_core::Tensor;
 use phi_3_5_vision::ImageFeatures;
-use phi_3_5_vision::processor::{Layout, ProcessedImage, Processor, prompt_ids};
+use phi_3_5_vision::processor::{Layout, ProcessedImage, Processor, prompt_ids, tags};
 use phi3_image::Limits;
 use phi3_text::{Content, Message, Part, Request};
 
@@ -21,6 +22,10 @@ pub struct SeenImage {
     /// Stands for its rows where a cache compares them; no other picture of this process has it.
     key: u32,
 }
+
+/// Crops, global views included, that a model is shown together: enough for every thread, and what bounds
+/// memory, to some 60 MB besides the pictures themselves.
+const CROPS_AT_ONCE: usize = 16;
 
 /// Keys lie above every vocabulary.
 const FIRST_KEY: u32 = 1 << 31;
@@ -80,23 +85,39 @@ impl ImagePrompt {
     }
 }
 
+/// A noncharacter, which no text has for any purpose but such a one: behind the first character of what
+/// looks like an image's tag in a message but is text.
+const NOT_A_TAG: &str = "<\u{FDD0}|image_";
+const TAG: &str = "<|image_";
+
 /// Messages as the templates of this family take them: parts become one text, in which the images
 /// are `<|image_1|>`, `<|image_2|>`, …, counted through all messages, each with a line break behind
 /// it as in Phi-3.5-vision's prompts.
+///
+/// A message whose text has the tags of its own images, each once, shows them there. Any other such tag in
+/// a text is text, and gets a mark (U+FDD0) that [`LanguageModel::image_prompt`] takes out again.
 #[must_use]
 pub fn with_image_tags(messages: &[Message]) -> Vec<Message> {
     let mut number = 0;
     let tagged = messages.iter().map(|message| {
-        let Content::Parts(parts) = &message.content else {
-            return message.clone();
+        let parts = match &message.content {
+            Content::None => return message.clone(),
+            Content::Text(text) => std::slice::from_ref(&Part::text(text.as_str())).to_vec(),
+            Content::Parts(parts) => parts.clone(),
         };
-        let mut text = String::new();
-        for part in parts {
+        let own = number..number + parts.iter().filter(|part| is_image(part)).count();
+        number = own.end;
+        let placed = are_placed(&parts, own.clone());
+        let (mut text, mut next) = (String::new(), own.start);
+        for part in &parts {
             match part {
-                Part::Text { text: more } => text.push_str(more),
+                Part::Text { text: more } if placed => text.push_str(more),
+                Part::Text { text: more } => text.push_str(&more.replace(TAG, NOT_A_TAG)),
                 Part::Image | Part::Picture(_) => {
-                    number += 1;
-                    text.push_str(&format!("<|image_{number}|>\n"));
+                    next += 1;
+                    if !placed {
+                        text.push_str(&format!("{TAG}{next}|>\n"));
+                    }
                 }
             }
         }
@@ -107,6 +128,23 @@ pub fn with_image_tags(messages: &[Message]) -> Vec<Message> {
         }
     });
     tagged.collect()
+}
+
+fn is_image(part: &Part) -> bool {
+    matches!(part, Part::Image | Part::Picture(_))
+}
+
+/// Whether the texts among `parts` have the tags of the images that follow the first `own.start`, and no
+/// others.
+fn are_placed(parts: &[Part], own: Range<usize>) -> bool {
+    let mut numbers = Vec::new();
+    for part in parts {
+        if let Part::Text { text } = part {
+            numbers.extend(tags(text).into_iter().map(|tag| tag.number));
+        }
+    }
+    numbers.sort_unstable();
+    !own.is_empty() && numbers.into_iter().eq(own.map(|index| index + 1))
 }
 
 impl LanguageModel {
@@ -131,29 +169,71 @@ impl LanguageModel {
         Ok(())
     }
 
-    /// Opens pictures and shows them to the model.
+    /// Opens pictures and shows them to the model, some at a time, so that memory holds the pixels of those
+    /// alone.
     ///
     /// # Errors
-    /// [`Error::Blind`], those of [`Image::open`], or [`Error::Model`].
+    /// [`Error::Blind`], those of [`Image::open`], [`Error::Uncut`], [`Error::Text`] if they have more
+    /// tokens than the model's context, which is found before it looks at them, or [`Error::Model`].
     pub fn see(&self, images: &[Image], limits: &Limits) -> Result<Vec<SeenImage>> {
-        let processor = self.image_processor()?;
-        let mut processed = Vec::with_capacity(images.len());
-        for image in images {
-            processed.push(processor.process(&image.open(limits)?)?);
-        }
-        self.see_processed(&processed)
+        self.see_beside(&[], images, limits)
     }
 
-    /// Shows pictures that are cut already to the model.
+    /// [`see`](Self::see) of pictures that share a context with those that were `seen_before`.
+    pub(crate) fn see_beside(
+        &self,
+        seen_before: &[SeenImage],
+        images: &[Image],
+        limits: &Limits,
+    ) -> Result<Vec<SeenImage>> {
+        let processor = self.image_processor()?;
+        let mut tokens: usize = seen_before.iter().map(SeenImage::tokens).sum();
+        let mut seen = Vec::with_capacity(images.len());
+        let (mut waiting, mut crops) = (Vec::new(), 0);
+        for (index, image) in images.iter().enumerate() {
+            let pixels = image.open(limits)?;
+            let cut = |source| Error::Uncut {
+                name: image.name(),
+                source,
+            };
+            let layout = processor.layout(pixels.width(), pixels.height());
+            tokens += layout.map_err(cut)?.tokens();
+            self.check_context(tokens)?;
+            let processed = processor.process(&pixels).map_err(cut)?;
+            crops += processed.layout.crops() + 1;
+            waiting.push(processed);
+            if crops >= CROPS_AT_ONCE || index + 1 == images.len() {
+                seen.extend(self.see_processed(&waiting)?);
+                (waiting, crops) = (Vec::new(), 0);
+            }
+        }
+        Ok(seen)
+    }
+
+    /// Whether so many tokens of pictures leave room for others.
     ///
     /// # Errors
-    /// [`Error::Blind`] or [`Error::Model`].
+    /// [`Error::Text`] if they do not.
+    fn check_context(&self, tokens: usize) -> Result<()> {
+        let context = self.model().info().max_position_embeddings;
+        if tokens < context {
+            return Ok(());
+        }
+        Err(phi3_text::Error::PromptTooLong { tokens, context }.into())
+    }
+
+    /// Shows pictures that are cut already to the model, all at once.
+    ///
+    /// # Errors
+    /// [`Error::Blind`], [`Error::Text`] if they have more tokens than the model's context, or
+    /// [`Error::Model`].
     pub fn see_processed(&self, images: &[ProcessedImage]) -> Result<Vec<SeenImage>> {
         let Some(model) = self.vision() else {
             return Err(Error::Blind {
                 origin: self.origin().to_owned(),
             });
         };
+        self.check_context(images.iter().map(|image| image.layout.tokens()).sum())?;
         let processed: Vec<&ProcessedImage> = images.iter().collect();
         let features = model.encode_images(&processed, None)?;
         let seen = images
@@ -182,7 +262,8 @@ impl LanguageModel {
         let tokenizer = self.tokenizer()?;
         let tokens: Vec<usize> = images.iter().map(SeenImage::tokens).collect();
         let ids = prompt_ids(text, &tokens, |text| {
-            tokenizer.encode(text, true).map_err(Error::from)
+            let text = text.replace(NOT_A_TAG, TAG);
+            tokenizer.encode(&text, true).map_err(Error::from)
         })?;
         let features: Vec<ImageFeatures> =
             images.iter().map(|image| image.features.clone()).collect();
@@ -198,4 +279,43 @@ pub(crate) fn processor_of(config: Option<&serde_json::Value>) -> Result<Process
         Some(config) => Processor::from_json(config)?,
         None => Processor::default().with_num_crops(4)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text_of(messages: &[Message]) -> Vec<String> {
+        let texts = with_image_tags(messages)
+            .into_iter()
+            .map(|it| match it.content {
+                Content::Text(text) => text,
+                other => panic!("{other:?}"),
+            });
+        texts.collect()
+    }
+
+    #[test]
+    fn images_are_counted_and_what_only_looks_like_a_tag_is_text() {
+        let user = |parts: Vec<Part>| Message::user(parts);
+        let messages = [
+            Message::system("A tag is <|image_1|>."),
+            user(vec![Part::Image, Part::text("What is it?")]),
+            user(vec![
+                Part::Image,
+                Part::Image,
+                Part::text("<|image_3|> or <|image_2|>?"),
+            ]),
+            user(vec![Part::Image, Part::text("not <|image_1|>")]),
+            Message::user("nor <|image_4|>"),
+        ];
+        let texts = text_of(&messages);
+        assert_eq!(texts[0], "A tag is <\u{FDD0}|image_1|>.");
+        assert_eq!(texts[1], "<|image_1|>\nWhat is it?");
+        assert_eq!(texts[2], "<|image_3|> or <|image_2|>?");
+        assert_eq!(texts[3], "<|image_4|>\nnot <\u{FDD0}|image_1|>");
+        assert_eq!(texts[4], "nor <\u{FDD0}|image_4|>");
+        let numbers = tags(&texts.concat()).into_iter().map(|tag| tag.number);
+        assert_eq!(numbers.collect::<Vec<_>>(), [1, 3, 2, 4]);
+    }
 }

@@ -47,7 +47,7 @@ pub enum Error {
     },
     /// Nothing would remain of the short side.
     #[error(
-        "the image is {width}x{height} pixels: so narrow that nothing of its short side would remain"
+        "the image is {width}x{height} pixels: so narrow that nothing of its short side would remain; cut it, or allow more crops (num_crops)"
     )]
     TooNarrow {
         /// Its width.
@@ -149,14 +149,17 @@ impl Processor {
     /// Reads and checks preprocessor_config.json.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the field, or [`Error::NumCrops`].
+    /// [`Error::Config`] naming the field.
     pub fn from_json(config: &serde_json::Value) -> Result<Self> {
         if !config.is_object() {
             return Err(Error::Config("it is not an object".to_owned()));
         }
         let processor =
             Self::deserialize(config).map_err(|error| Error::Config(error.to_string()))?;
-        let processor = processor.clone().with_num_crops(processor.num_crops)?;
+        let num_crops = processor.num_crops;
+        let processor = processor
+            .with_num_crops(num_crops)
+            .map_err(|error| Error::Config(error.to_string()))?;
         let means = processor.image_mean.iter().all(|mean| mean.is_finite());
         let deviations = processor.image_std.iter();
         if !means || !deviations.copied().all(|it| it.is_finite() && it > 0.0) {

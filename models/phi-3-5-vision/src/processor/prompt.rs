@@ -67,9 +67,13 @@ pub fn split_prompt(text: &str, images: usize) -> Result<Vec<PromptPart<'_>>> {
     let mut numbers: Vec<usize> = tags.iter().map(|tag| tag.number).collect();
     numbers.sort_unstable();
     if numbers != (1..=images).collect::<Vec<_>>() {
+        let count = match images {
+            1 => "is 1 image".to_owned(),
+            _ => format!("are {images} images"),
+        };
         let found: Vec<String> = numbers.iter().map(|n| format!("<|image_{n}|>")).collect();
         return Err(Error::Tags(format!(
-            "the prompt has {}, but there are {images} images; each must be named once, from <|image_1|> on",
+            "the prompt has {}, but there {count}; each must be named once, from <|image_1|> on",
             if found.is_empty() {
                 "no image tag".to_owned()
             } else {
