@@ -128,6 +128,11 @@ impl Image {
         Ok(RgbImage::new(rgb.width, rgb.height, rgb.pixels)?)
     }
 
+    /// Whether its bytes come through somebody else's function, which is better called once.
+    pub(crate) fn is_fetched(&self) -> bool {
+        matches!(self.0, Source::Url(..))
+    }
+
     /// How messages call it.
     pub(crate) fn name(&self) -> String {
         match &self.0 {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use candle_core::Tensor;
 use phi_3_5_vision::ImageFeatures;
-use phi_3_5_vision::processor::{Layout, ProcessedImage, Processor, prompt_ids, tags};
+use phi_3_5_vision::processor::{Layout, ProcessedImage, Processor, RgbImage, prompt_ids, tags};
 use phi3_image::Limits;
 use phi3_text::{Content, Message, Part, Request};
 
@@ -187,19 +187,31 @@ impl LanguageModel {
         limits: &Limits,
     ) -> Result<Vec<SeenImage>> {
         let processor = self.image_processor()?;
-        let mut tokens: usize = seen_before.iter().map(SeenImage::tokens).sum();
-        let mut seen = Vec::with_capacity(images.len());
+        let before: usize = seen_before.iter().map(SeenImage::tokens).sum();
+        let uncut = |image: &Image, source| Error::Uncut {
+            name: image.name(),
+            source,
+        };
+        let tokens_of = |image: &Image, pixels: &RgbImage| {
+            let layout = processor.layout(pixels.width(), pixels.height());
+            Ok::<_, Error>(layout.map_err(|it| uncut(image, it))?.tokens())
+        };
+        if images.len() > 1 {
+            // To decode a picture twice is nothing beside looking at it once.
+            let mut tokens = before;
+            for image in images.iter().filter(|image| !image.is_fetched()) {
+                tokens += tokens_of(image, &image.open(limits)?)?;
+                self.check_context(tokens)?;
+            }
+        }
+        let (mut seen, mut tokens) = (Vec::with_capacity(images.len()), before);
         let (mut waiting, mut crops) = (Vec::new(), 0);
         for (index, image) in images.iter().enumerate() {
             let pixels = image.open(limits)?;
-            let cut = |source| Error::Uncut {
-                name: image.name(),
-                source,
-            };
-            let layout = processor.layout(pixels.width(), pixels.height());
-            tokens += layout.map_err(cut)?.tokens();
+            tokens += tokens_of(image, &pixels)?;
             self.check_context(tokens)?;
-            let processed = processor.process(&pixels).map_err(cut)?;
+            let processed = processor.process(&pixels);
+            let processed = processed.map_err(|it| uncut(image, it))?;
             crops += processed.layout.crops() + 1;
             waiting.push(processed);
             if crops >= CROPS_AT_ONCE || index + 1 == images.len() {

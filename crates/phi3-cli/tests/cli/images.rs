@@ -349,3 +349,41 @@ fn what_cannot_be_seen_is_said() -> Result<()> {
     run(tiny.args("generate", &["--prompt", "<|image_2|>", "--image", &a]))?
         .says(FAILED, &["each must be named once"])
 }
+
+#[test]
+fn a_tag_in_a_conversation_is_text_or_the_place_of_its_picture() -> Result<()> {
+    let tiny = seeing()?;
+    let a = picture("tiny.png");
+    let say = |input: &str, flags: &[&str]| {
+        let flags = [&["--max-new-tokens", "4"], flags].concat();
+        run_with(input.as_bytes(), &mut command(tiny.args("chat", &flags)))
+    };
+    let without = say(
+        "What is <|image_1|>?\nAnd now?\n",
+        &["--system", "<|image_2|>"],
+    )?;
+    ensure!(
+        without.code == Some(DONE) && !without.stderr.contains("error"),
+        "{without:?}"
+    );
+    let (placed, before) = (
+        say("<|image_1|>\nWhat?\n", &["--image", &a])?,
+        say("What?\n", &["--image", &a])?,
+    );
+    // The first line alone is the message.
+    ensure!(placed.code == Some(DONE) && before.code == Some(DONE));
+    ensure!(!placed.stderr.contains("error"), "{placed:?}");
+    Ok(())
+}
+
+#[test]
+fn pictures_that_fit_no_context_are_refused() -> Result<()> {
+    let tiny = seeing()?;
+    let folder = tempfile::tempdir()?;
+    for i in 0..200 {
+        std::fs::copy(picture("tiny.png"), folder.path().join(format!("{i}.png")))?;
+    }
+    let folder = arg(folder.path());
+    let flags = ["--prompt", "x", "--image", &folder, "--frames", "200"];
+    run(tiny.args("generate", &flags))?.says(FAILED, &["must hold it", "the prompt has"])
+}
