@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use phi3::hub::Checkpoint;
 use phi3::text::{Content, Message, Part, Tokenizer};
-use phi3::{load_template, load_tokenizer, with_image_tags};
+use phi3::{load_template, load_tokenizer, with_image_tags, without_marks};
 
 use crate::args::{SourceArgs, open_by};
 use crate::{input, output};
@@ -128,6 +128,6 @@ fn render(
     if sees {
         messages = with_image_tags(&messages);
     }
-    let text = template.render(&messages, add_generation_prompt)?;
+    let text = without_marks(&template.render(&messages, add_generation_prompt)?);
     Ok(Rendered { text, pictures })
 }

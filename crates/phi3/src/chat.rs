@@ -10,7 +10,7 @@ use phi3_text::{
 use crate::error::{Error, Result};
 use crate::image::{Fetch, Image, Layout, Limits};
 use crate::model::LanguageModel;
-use crate::seen::{SeenImage, with_image_tags};
+use crate::seen::{SeenImage, with_image_tags, without_marks};
 
 /// How a conversation's answers are generated.
 #[derive(Clone, Debug, PartialEq)]
@@ -220,7 +220,7 @@ impl<'m> Chat<'m> {
                 .model
                 .image_prompt(&rendered, &self.images)?
                 .into_request(),
-            None => Request::new(self.tokenizer.encode_chat(&rendered)?),
+            None => Request::new(self.tokenizer.encode_chat(&without_marks(&rendered))?),
         };
         request.params = self.settings.sampling.clone();
         request.max_new_tokens = self.settings.max_new_tokens;

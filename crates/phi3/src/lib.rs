@@ -49,4 +49,4 @@ pub use phi3_kernels::{InstructionSet, Probe, probe};
 pub use phi3_kernels::{argmax, backend_name, check_environment, num_threads, set_num_threads};
 pub use phi3_nn::{CacheType, DeviceSpec};
 pub use phi3_text::SamplingParams;
-pub use seen::{ImagePrompt, SeenImage, with_image_tags};
+pub use seen::{ImagePrompt, SeenImage, with_image_tags, without_marks};

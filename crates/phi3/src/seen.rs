@@ -95,7 +95,8 @@ const TAG: &str = "<|image_";
 /// it as in Phi-3.5-vision's prompts.
 ///
 /// A message whose text has the tags of its own images, each once, shows them there. Any other such tag in
-/// a text is text, and gets a mark (U+FDD0) that [`LanguageModel::image_prompt`] takes out again.
+/// a text is text, and gets a mark (U+FDD0) that [`LanguageModel::image_prompt`] takes out again, or
+/// [`without_marks`].
 #[must_use]
 pub fn with_image_tags(messages: &[Message]) -> Vec<Message> {
     let mut number = 0;
@@ -128,6 +129,12 @@ pub fn with_image_tags(messages: &[Message]) -> Vec<Message> {
         }
     });
     tagged.collect()
+}
+
+/// A rendered conversation without the marks of [`with_image_tags`], for models that see no pictures.
+#[must_use]
+pub fn without_marks(rendered: &str) -> String {
+    rendered.replace(NOT_A_TAG, TAG)
 }
 
 fn is_image(part: &Part) -> bool {
@@ -274,8 +281,9 @@ impl LanguageModel {
         let tokenizer = self.tokenizer()?;
         let tokens: Vec<usize> = images.iter().map(SeenImage::tokens).collect();
         let ids = prompt_ids(text, &tokens, |text| {
-            let text = text.replace(NOT_A_TAG, TAG);
-            tokenizer.encode(&text, true).map_err(Error::from)
+            tokenizer
+                .encode(&without_marks(text), true)
+                .map_err(Error::from)
         })?;
         let features: Vec<ImageFeatures> =
             images.iter().map(|image| image.features.clone()).collect();
@@ -327,6 +335,7 @@ mod tests {
         assert_eq!(texts[2], "<|image_3|> or <|image_2|>?");
         assert_eq!(texts[3], "<|image_4|>\nnot <\u{FDD0}|image_1|>");
         assert_eq!(texts[4], "nor <\u{FDD0}|image_4|>");
+        assert_eq!(without_marks(&texts[4]), "nor <|image_4|>");
         let numbers = tags(&texts.concat()).into_iter().map(|tag| tag.number);
         assert_eq!(numbers.collect::<Vec<_>>(), [1, 3, 2, 4]);
     }
