@@ -37,17 +37,32 @@ pub fn run(args: &Args) -> Result<()> {
             );
         }
     }
+    // One file that is no picture shall not hide what the others are.
+    let mut failed = 0;
     for file in &args.files {
-        let image = Image::path(file).open(&Limits::default())?;
-        let layout = processor
-            .layout(image.width(), image.height())
-            .with_context(|| file.display().to_string())?;
-        let mut text = describe(file, image.width(), image.height(), &layout);
-        text.push_str(&grid(&layout));
-        output::print(&text)?;
-        if let Some(folder) = &args.save {
-            save(folder, file, &image, &processor, &layout)?;
+        if let Err(error) = show(file, &processor, args.save.as_deref()) {
+            if args.files.len() == 1 {
+                return Err(error);
+            }
+            output::report(&error);
+            failed += 1;
         }
+    }
+    ensure!(failed == 0, "{failed} of {} files failed", args.files.len());
+    Ok(())
+}
+
+/// Prints what one file becomes, and saves it where that is wanted.
+fn show(file: &Path, processor: &Processor, folder: Option<&Path>) -> Result<()> {
+    let image = Image::path(file).open(&Limits::default())?;
+    let layout = processor
+        .layout(image.width(), image.height())
+        .with_context(|| file.display().to_string())?;
+    let mut text = describe(file, image.width(), image.height(), &layout);
+    text.push_str(&grid(&layout));
+    output::print(&text)?;
+    if let Some(folder) = folder {
+        save(folder, file, &image, processor, &layout)?;
     }
     Ok(())
 }

@@ -37,7 +37,12 @@ fn image_info_draws_the_crops_and_states_the_tokens() -> Result<()> {
     );
     run(["image-info", "--num-crops", "0", &picture("tall.png")])?
         .says(FAILED, &["num_crops is 0"])?;
-    run(["image-info", "no/such.png"])?.says(FAILED, &["no/such.png"])
+    run(["image-info", "no/such.png"])?.says(FAILED, &["no/such.png"])?;
+    // The others are shown all the same.
+    let mut both = run(["image-info", "no/such.png", &picture("wide.png")])?;
+    let shown = std::mem::take(&mut both.stdout);
+    ensure!(shown.contains("745 tokens"), "{shown}");
+    both.says(FAILED, &["no/such.png", "1 of 2 files failed"])
 }
 
 #[test]

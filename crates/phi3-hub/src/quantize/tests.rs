@@ -296,6 +296,8 @@ fn models_without_a_place_are_refused() {
     };
     let message = error(|_, config| config["model_type"] = json!("gpt2"));
     assert!(message.contains("gpt2"), "{message}");
+    let message = error(|_, config| config["model_type"] = json!("phi3_v"));
+    assert!(message.contains("--quantize"), "{message}");
     let message = error(|_, config| config["num_hidden_layers"] = json!(3));
     assert!(
         message.contains("model.layers.2.input_layernorm"),

@@ -62,6 +62,11 @@ pub(crate) fn architecture(config: &Json) -> Result<Architecture, String> {
         Some("phi3") => Ok(Architecture::Phi3),
         Some("phimoe") => Ok(Architecture::Phimoe),
         Some("phi3small") => Ok(Architecture::Phi3Small),
+        Some("phi3_v") => Err(
+            "models of model_type \"phi3_v\" have no GGUF file here; quantize them while they are loaded \
+             (--quantize TYPE of the other commands)"
+                .to_owned(),
+        ),
         other => Err(format!(
             "model_type {:?} cannot be quantized into a file, only \"phi3\", \"phi3small\" and \"phimoe\"",
             other.unwrap_or("(none)")
