@@ -10,8 +10,10 @@
 //! Tokens come copied into blocks of columns ([`Tokens`]): rows whose width is a multiple of 1024 would
 //! all lie in the same few places of the first-level cache.
 
+use std::arch::x86_64::*;
+
 use super::float::BLOCK;
-use super::gemm::Ahead;
+use super::vector::store_f32;
 use crate::backend::Tokens;
 use crate::{BlockType, MatrixRef};
 
@@ -33,9 +35,9 @@ const MAX_SUMS: usize = 24;
 /// A line of the cache, of sums: as many as a vector has lanes, from its start on.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Sums([f32; 16]);
+struct Sums([[f32; 8]; 2]);
 
-const NO_SUMS: Sums = Sums([0.0; 16]);
+const NO_SUMS: Sums = Sums([[0.0; 8]; 2]);
 
 /// Rows and tokens of a tile, and the columns that they are multiplied in.
 struct Tile {
@@ -50,8 +52,25 @@ struct Tile {
     /// How many blocks, of how many vectors each.
     blocks: usize,
     steps: usize,
-    /// How many bytes ahead of their use weights are asked for.
-    ahead: usize,
+    ahead: Ahead,
+}
+
+/// What a tile asks for while it multiplies, into the second-level cache: weights so many bytes behind those of
+/// its rows.
+#[derive(Clone, Copy)]
+enum Ahead {
+    OfAllRows(usize),
+    OfTwoRows(usize),
+    Nothing,
+}
+
+impl Ahead {
+    fn bytes(self) -> usize {
+        match self {
+            Self::OfAllRows(bytes) | Self::OfTwoRows(bytes) => bytes,
+            Self::Nothing => 0,
+        }
+    }
 }
 
 /// What an instruction set multiplies with.
@@ -63,20 +82,18 @@ trait Kernel {
     const TOKENS: usize;
 
     /// Adds the products of [`ROWS`](Self::ROWS) rows and `tokens` tokens to the sums of each token,
-    /// those of its rows behind one another. `STREAMS`: asks for weights ahead that are used once.
+    /// those of its rows behind one another.
     ///
     /// # Safety
     /// The processor has the instructions; the rows, and as many tokens as `tokens`, have the blocks of
     /// the tile, at least one and of at least one vector; `sums` are `ROWS` times `tokens`.
-    unsafe fn multiply<const STREAMS: bool>(
-        block_type: BlockType,
-        tile: &Tile,
-        tokens: usize,
-        sums: &mut [Sums],
-    );
+    unsafe fn multiply(block_type: BlockType, tile: &Tile, tokens: usize, sums: &mut [Sums]);
 
-    /// All lanes added, in a fixed order.
-    fn sum(sums: &Sums) -> f32;
+    /// The lanes of a sum, the upper half of them added to the lower one where they are sixteen.
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    unsafe fn eight(sums: &Sums) -> __m256;
 }
 
 /// The most tokens that are multiplied here. More of them pay for turning the weights: each number of
@@ -137,14 +154,17 @@ unsafe fn products<K: Kernel>(
     for start in (0..rows).step_by(chunk) {
         let end = rows.min(start + chunk);
         let tiles = n.div_ceil(K::TOKENS);
-        let steps = (end - start).div_ceil(K::ROWS) * blocks.div_ceil(at_once.max(1));
-        let ahead_of = || Ahead::of_rows(w, first_row + start, end - start, tiles * steps);
-        let mut ahead = (!streams).then(ahead_of);
         for tile in 0..tiles {
             let tokens = tile * n / tiles..(tile + 1) * n / tiles;
             let each = K::ROWS * tokens.len();
             let sums = &mut sums[..(end - start).div_ceil(K::ROWS) * each];
             sums.fill(NO_SUMS);
+            // Of many tokens the first two tiles ask for the rows behind this chunk, two rows of each tile.
+            let ahead = match tile {
+                _ if streams => Ahead::OfAllRows(AHEAD),
+                0 | 1 => Ahead::OfTwoRows((chunk + 2 * tile) * w.row(0).len()),
+                _ => Ahead::Nothing,
+            };
             for first in (0..blocks).step_by(at_once.max(1)) {
                 let columns = first * BLOCK..cols.min((first + at_once) * BLOCK);
                 let x = Values {
@@ -158,10 +178,7 @@ unsafe fn products<K: Kernel>(
                     let row = row.min(w.rows().saturating_sub(K::ROWS));
                     // SAFETY: the caller vouches for the instructions.
                     unsafe {
-                        if let Some(ahead) = &mut ahead {
-                            ahead.go_on();
-                        }
-                        add_tile::<K>(w, row, x, columns.clone(), streams, sums);
+                        add_tile::<K>(w, row, x, columns.clone(), ahead, sums);
                     }
                 }
             }
@@ -174,13 +191,41 @@ unsafe fn products<K: Kernel>(
                     shift
                 };
                 for (out, sums) in out[tokens.clone()].iter_mut().zip(sums.chunks(K::ROWS)) {
-                    for (out, sums) in out[rows.clone()].iter_mut().zip(&sums[shift..]) {
-                        *out = K::sum(sums);
+                    // SAFETY: the caller vouches for the instructions.
+                    let sums = unsafe { all_lanes::<K>(sums) };
+                    for (out, sum) in out[rows.clone()].iter_mut().zip(&sums[shift..]) {
+                        *out = *sum;
                     }
                 }
             }
         }
     }
+}
+
+/// All lanes of up to four sums added: the upper half to the lower one, and so on.
+///
+/// # Safety
+/// The processor has the instructions of `K`, and AVX2.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn all_lanes<K: Kernel>(sums: &[Sums]) -> [f32; 4] {
+    let mut eights = [_mm256_setzero_ps(); 4];
+    for (eight, sums) in eights.iter_mut().zip(sums) {
+        // SAFETY: the caller vouches for the instructions.
+        *eight = unsafe { K::eight(sums) };
+    }
+    let mut fours = [_mm256_setzero_pd(); 2];
+    for (i, four) in fours.iter_mut().enumerate() {
+        let (a, b) = (eights[2 * i], eights[2 * i + 1]);
+        let low = _mm256_permute2f128_ps::<0x20>(a, b);
+        let high = _mm256_permute2f128_ps::<0x31>(a, b);
+        *four = _mm256_castps_pd(_mm256_add_ps(low, high));
+    }
+    let low = _mm256_castpd_ps(_mm256_unpacklo_pd(fours[0], fours[1]));
+    let high = _mm256_castpd_ps(_mm256_unpackhi_pd(fours[0], fours[1]));
+    let twos = _mm256_add_ps(low, high);
+    let [a, _, c, _, b, _, d, _] = store_f32(_mm256_add_ps(twos, _mm256_movehdup_ps(twos)));
+    [a, b, c, d]
 }
 
 /// Some blocks of columns of some tokens: a block of all `n` tokens behind that of the columns before.
@@ -201,7 +246,7 @@ unsafe fn add_tile<K: Kernel>(
     row: usize,
     x: Values<'_>,
     columns: std::ops::Range<usize>,
-    streams: bool,
+    ahead: Ahead,
     sums: &mut [Sums],
 ) {
     assert!(
@@ -238,17 +283,16 @@ unsafe fn add_tile<K: Kernel>(
                 block_stride: x.n * size_of::<[f32; BLOCK]>(),
                 blocks,
                 steps,
-                ahead: if near_end { AHEAD + to_next } else { AHEAD },
+                ahead: match ahead {
+                    Ahead::OfAllRows(bytes) if near_end => Ahead::OfAllRows(bytes + to_next),
+                    ahead => ahead,
+                },
             };
             // SAFETY: the caller vouches for the instructions. The rows are rows of `w`, whose
             // columns from `done` on are at least as many as are multiplied, and of the tokens all
             // blocks are there, as was checked above.
             unsafe {
-                if streams {
-                    K::multiply::<true>(block_type, &tile, x.tokens, sums);
-                } else {
-                    K::multiply::<false>(block_type, &tile, x.tokens, sums);
-                }
+                K::multiply(block_type, &tile, x.tokens, sums);
             }
             done += blocks * steps * K::LANES;
         }
@@ -259,7 +303,7 @@ unsafe fn add_tile<K: Kernel>(
             let x = x.blocks[c / BLOCK * x.n + t][c % BLOCK];
             for (r, Sums(lanes)) in sums.iter_mut().enumerate().take(w.rows() - row) {
                 let weight = weight(block_type, w.row(row + r), columns.start + c);
-                let lane = &mut lanes[c % K::LANES];
+                let lane = &mut lanes.as_flattened_mut()[c % K::LANES];
                 *lane = weight.mul_add(x, *lane);
             }
         }

@@ -7,7 +7,7 @@ use super::panel::{
     High, NO_FACTORS, PANEL_ROWS, columns, group, low, lows, sixteen_factors, unpack_factors,
 };
 use super::products::{
-    Lanes, NO_LANES, add, add_block, add_group, load_lanes, of_one_length, offsets, scale,
+    Lanes, NO_LANES, Sums, add, add_block, add_group, load_lanes, of_one_length, offsets, scale,
     store_lanes,
 };
 use crate::MatrixRef;
@@ -28,14 +28,14 @@ trait Format<const BYTES: usize> {
 
     fn tiles(x: &Quantized) -> &[Self::Tile];
 
-    /// Adds the products of a block of sixteen rows to `lanes`.
+    /// Adds the products of a block of sixteen rows to `sums`.
     ///
     /// # Safety
     /// The processor has what [`Avx512Vnni`](super::Avx512Vnni) stands for.
     unsafe fn multiply<const G: usize>(
         blocks: [&[u8; BYTES]; PANEL_ROWS],
         x: [&Self::Tile; G],
-        lanes: &mut [Lanes; G],
+        sums: &mut Sums<G>,
     );
 }
 
@@ -53,15 +53,13 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Blocks<ID> {
     unsafe fn multiply<const G: usize>(
         blocks: [&[u8; BYTES]; PANEL_ROWS],
         x: [&Tile; G],
-        lanes: &mut [Lanes; G],
+        sums: &mut Sums<G>,
     ) {
         // SAFETY: the caller vouches for the instructions.
         unsafe {
             let q = columns::<ID, BYTES>(blocks);
             let factors = sixteen_factors::<ID, BYTES>(blocks);
-            let mut sums = load_lanes(lanes);
-            add_block::<ID, G>(&q, factors, x, &mut sums);
-            store_lanes(sums, lanes);
+            add_block::<ID, G>(&q, factors, x, sums);
         }
     }
 }
@@ -80,7 +78,7 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Superblocks<ID> {
     unsafe fn multiply<const G: usize>(
         blocks: [&[u8; BYTES]; PANEL_ROWS],
         x: [&SuperTile; G],
-        lanes: &mut [Lanes; G],
+        sums: &mut Sums<G>,
     ) {
         // SAFETY: the caller vouches for the instructions.
         unsafe {
@@ -96,7 +94,7 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Superblocks<ID> {
                     add_group::<ID, G>(&q, &factors, x, g, &mut a);
                 }
             }
-            scale::<ID, G>(a, &factors, x, lanes);
+            scale::<ID, G>(a, &factors, x, sums);
         }
     }
 }
@@ -175,8 +173,10 @@ fn panel<F: Format<BYTES>, const BYTES: usize, const G: usize>(
             of_block[g] = &x[g][block];
         }
         let lanes = &mut lanes[block % LANES];
+        let mut partial = load_lanes(lanes);
         // SAFETY: this function is compiled with the features.
-        unsafe { F::multiply(w.sixteen(block), of_block, lanes) };
+        unsafe { F::multiply(w.sixteen(block), of_block, &mut partial) };
+        store_lanes(partial, lanes);
     }
     let mut sums = [NO_LANES; G];
     for lanes in &lanes {

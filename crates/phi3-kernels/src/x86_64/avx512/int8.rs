@@ -12,8 +12,8 @@ use super::panel::{
     EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, SuperPanel, unpack, unpack_super,
 };
 use super::products::{
-    Lanes, NO_LANES, add, add_block, add_group, load_lanes, of_one_length, offsets, scale,
-    store_lanes,
+    Lanes, NO_LANES, Sums, add, add_block, add_group, add_lanes, load_lanes, of_one_length,
+    offsets, scale, store_lanes,
 };
 use super::vector::load_f32;
 use super::{Avx512Vnni, few};
@@ -123,7 +123,7 @@ trait Format<const BYTES: usize> {
 
     const EMPTY: Self::Panel;
 
-    /// Blocks that are unpacked at once, for many tokens and for few.
+    /// Blocks that are unpacked at once, for many tokens and for few: whole rounds of the partial sums.
     const AT_ONCE: usize;
     const FEW_AT_ONCE: usize;
 
@@ -133,14 +133,14 @@ trait Format<const BYTES: usize> {
     /// The processor has what [`Avx512Vnni`] stands for.
     unsafe fn unpack(blocks: [&[u8; BYTES]; PANEL_ROWS], panel: &mut Self::Panel);
 
-    /// Adds blocks of a partial sum, in order, to `lanes` of `G` tiles, whose blocks are `x[g]`.
+    /// Adds every `STEP`th block of `w`, in order, to `sums` of `G` tiles, whose blocks are `x[g]`.
     ///
     /// # Safety
     /// The processor has what [`Avx512Vnni`] stands for.
-    unsafe fn multiply<const G: usize>(
+    unsafe fn multiply<const G: usize, const STEP: usize>(
         w: &[Self::Panel],
         x: [&[Self::Tile]; G],
-        lanes: &mut [Lanes; G],
+        sums: &mut Sums<G>,
     );
 }
 
@@ -153,7 +153,7 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Blocks<ID, BYTES> {
 
     const EMPTY: Panel = EMPTY_PANEL;
     const AT_ONCE: usize = 32;
-    const FEW_AT_ONCE: usize = LANES;
+    const FEW_AT_ONCE: usize = 4 * LANES;
 
     fn tiles(x: &Quantized) -> &[Tile] {
         Layouts::tiles(x)
@@ -166,9 +166,13 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Blocks<ID, BYTES> {
     }
 
     #[inline(always)]
-    unsafe fn multiply<const G: usize>(w: &[Panel], x: [&[Tile]; G], lanes: &mut [Lanes; G]) {
+    unsafe fn multiply<const G: usize, const STEP: usize>(
+        w: &[Panel],
+        x: [&[Tile]; G],
+        sums: &mut Sums<G>,
+    ) {
         // SAFETY: the caller vouches for the instructions.
-        unsafe { multiply::<ID, G>(w, x, lanes) }
+        unsafe { multiply::<ID, G, STEP>(w, x, sums) }
     }
 }
 
@@ -181,7 +185,7 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Superblocks<ID, BYTES>
 
     const EMPTY: SuperPanel = EMPTY_SUPER_PANEL;
     const AT_ONCE: usize = 4;
-    const FEW_AT_ONCE: usize = 1;
+    const FEW_AT_ONCE: usize = LANES;
 
     fn tiles(x: &Quantized) -> &[SuperTile] {
         Layouts::supertiles(x)
@@ -194,13 +198,13 @@ impl<const ID: u32, const BYTES: usize> Format<BYTES> for Superblocks<ID, BYTES>
     }
 
     #[inline(always)]
-    unsafe fn multiply<const G: usize>(
+    unsafe fn multiply<const G: usize, const STEP: usize>(
         w: &[SuperPanel],
         x: [&[SuperTile]; G],
-        lanes: &mut [Lanes; G],
+        sums: &mut Sums<G>,
     ) {
         // SAFETY: the caller vouches for the instructions.
-        unsafe { multiply_super::<ID, G>(w, x, lanes) }
+        unsafe { multiply_super::<ID, G, STEP>(w, x, sums) }
     }
 }
 
@@ -235,16 +239,16 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                     // SAFETY: this function is compiled with the features.
                     unsafe { F::unpack(of_rows.sixteen(first + i), panel) };
                 }
-                for (i, panel) in panel.chunks(1).enumerate() {
-                    let class = (first + i) % LANES;
+                for class in 0..LANES.min(panel.len()) {
                     let lanes = &mut lanes[class * tiles..][..tiles];
-                    multiply_tiles::<F, BYTES>(
-                        panel,
-                        &x[first + i..],
-                        groups,
+                    let (panel, x) = (&panel[class..], &x[first + class..]);
+                    let partial = Partial {
                         lanes,
-                        NOTHING_WRITTEN,
-                    );
+                        first: false,
+                        last: false,
+                        sums: &mut [],
+                    };
+                    multiply_tiles::<F, BYTES, LANES>(panel, x, groups, partial, NOTHING_WRITTEN);
                 }
             }
             for lanes in lanes.chunks_exact(tiles) {
@@ -256,10 +260,9 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                 let len = class_len(groups, class);
                 let of_class;
                 (of_class, rest) = rest.split_at(len * tiles);
-                lanes.fill(NO_LANES);
                 for first in (0..len).step_by(at_once) {
                     let panel = &mut panel[..at_once.min(len - first)];
-                    let last = class + 1 == LANES.min(groups) && first + panel.len() == len;
+                    let last = first + panel.len() == len;
                     for (i, panel) in panel.iter_mut().enumerate() {
                         ahead.go_on();
                         let block = class + (first + i) * LANES;
@@ -267,12 +270,18 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                         unsafe { F::unpack(of_rows.sixteen(block), panel) };
                     }
                     // Rows of outputs lie far apart, and all of them are written when this panel is done.
-                    let written = if last { &*out } else { &[] };
+                    let all = last && class + 1 == LANES.min(groups);
+                    let written = if all { &*out } else { &[] };
                     let columns = start..rows.min(start + PANEL_ROWS);
                     let x = &of_class[first..];
-                    multiply_tiles::<F, BYTES>(panel, x, len, &mut lanes, (written, &columns));
+                    let partial = Partial {
+                        lanes: &mut lanes,
+                        first: first == 0,
+                        last,
+                        sums: &mut sums,
+                    };
+                    multiply_tiles::<F, BYTES, 1>(panel, x, len, partial, (written, &columns));
                 }
-                add(&lanes, &mut sums);
             }
         }
         for (t, out) in out.iter_mut().enumerate() {
@@ -286,73 +295,102 @@ type Written<'a> = (&'a [&'a mut [f32]], &'a Range<usize>);
 
 const NOTHING_WRITTEN: Written<'_> = (&[], &(0..0));
 
+/// Where the products of some blocks of a partial sum go.
+struct Partial<'a> {
+    /// The blocks before them of each tile, unless these are the `first`; what they add up to with these,
+    /// unless these are the `last`.
+    lanes: &'a mut [Lanes],
+    first: bool,
+    last: bool,
+    /// What the whole partial sum is added to.
+    sums: &'a mut [Lanes],
+}
+
 /// [`Format::multiply`] of all tiles; those of `x` begin `stride` elements behind one another. Asks for
 /// what is `written` soon.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline]
-fn multiply_tiles<F: Format<BYTES>, const BYTES: usize>(
+fn multiply_tiles<F: Format<BYTES>, const BYTES: usize, const STEP: usize>(
     w: &[F::Panel],
     x: &[F::Tile],
     stride: usize,
-    lanes: &mut [Lanes],
+    mut partial: Partial<'_>,
     (written, columns): Written<'_>,
 ) {
     let at = |tile: usize| &x[tile * stride..][..w.len()];
-    let (mut rest, mut tile) = (lanes, 0);
-    while !rest.is_empty() {
-        let g = match rest.len() {
+    let (tiles, mut tile) = (partial.lanes.len(), 0);
+    while tile < tiles {
+        let g = match tiles - tile {
             1 => 1,
             2 | 4 => 2,
             _ => MAX_TILES,
         };
-        let (some, after) = rest.split_at_mut(g);
         let tokens = (tile * TILE).min(written.len())..((tile + g) * TILE).min(written.len());
         ask_for_rows(&written[tokens], columns);
-        // SAFETY: this function is compiled with the features.
-        unsafe {
-            match some {
-                [a] => F::multiply(w, [at(tile)], std::array::from_mut(a)),
-                some => match some.as_chunks_mut() {
-                    ([two], []) => F::multiply::<2>(w, [at(tile), at(tile + 1)], two),
-                    _ => {
-                        if let Some(three) = some.first_chunk_mut() {
-                            let x = [at(tile), at(tile + 1), at(tile + 2)];
-                            F::multiply::<MAX_TILES>(w, x, three);
-                        }
-                    }
-                },
+        let to = &mut partial;
+        match g {
+            1 => multiply_some::<F, BYTES, 1, STEP>(w, [at(tile)], tile, to),
+            2 => multiply_some::<F, BYTES, 2, STEP>(w, [at(tile), at(tile + 1)], tile, to),
+            _ => {
+                let x = [at(tile), at(tile + 1), at(tile + 2)];
+                multiply_some::<F, BYTES, MAX_TILES, STEP>(w, x, tile, to);
             }
         }
-        (rest, tile) = (after, tile + g);
+        tile += g;
+    }
+}
+
+/// [`multiply_tiles`] of `G` tiles from `tile` on. What is stored is stored once: a vector that is stored keeps
+/// a multiplier from reading its third operand.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline]
+fn multiply_some<F: Format<BYTES>, const BYTES: usize, const G: usize, const STEP: usize>(
+    w: &[F::Panel],
+    x: [&[F::Tile]; G],
+    tile: usize,
+    to: &mut Partial<'_>,
+) {
+    let Some(lanes) = to.lanes[tile..].first_chunk_mut() else {
+        return;
+    };
+    let mut products = load_lanes(if to.first { &[NO_LANES; G] } else { lanes });
+    // SAFETY: this function is compiled with the features.
+    unsafe { F::multiply::<G, STEP>(w, x, &mut products) };
+    if to.last {
+        add_lanes(&products, &mut to.sums[tile..][..G]);
+    } else {
+        store_lanes(products, lanes);
     }
 }
 
 /// [`Format::multiply`] of blocks of 32.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn multiply<const ID: u32, const G: usize>(w: &[Panel], x: [&[Tile]; G], lanes: &mut [Lanes; G]) {
+fn multiply<const ID: u32, const G: usize, const STEP: usize>(
+    w: &[Panel],
+    x: [&[Tile]; G],
+    sums: &mut Sums<G>,
+) {
     let x = of_one_length(x, w.len());
-    let mut sums = load_lanes(lanes);
-    for i in 0..w.len() {
+    for i in (0..w.len()).step_by(STEP) {
         let w = &w[i];
         let mut of_block = [&x[0][i]; G];
         for g in 0..G {
             of_block[g] = &x[g][i];
         }
         let factors = (load_f32(&w.d), load_f32(&w.m));
-        add_block::<ID, G>(&w.q, factors, of_block, &mut sums);
+        add_block::<ID, G>(&w.q, factors, of_block, sums);
     }
-    store_lanes(sums, lanes);
 }
 
 /// [`Format::multiply`] of blocks of 256.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn multiply_super<const ID: u32, const G: usize>(
+fn multiply_super<const ID: u32, const G: usize, const STEP: usize>(
     w: &[SuperPanel],
     x: [&[SuperTile]; G],
-    lanes: &mut [Lanes; G],
+    sums: &mut Sums<G>,
 ) {
     let x = of_one_length(x, w.len());
-    for i in 0..w.len() {
+    for i in (0..w.len()).step_by(STEP) {
         let w = &w[i];
         let mut of_block = [&x[0][i]; G];
         for g in 0..G {
@@ -362,6 +400,6 @@ fn multiply_super<const ID: u32, const G: usize>(
         for s in 0..8 {
             add_group::<ID, G>(&w.q[s], &w.factors, of_block, s, &mut a);
         }
-        scale::<ID, G>(a, &w.factors, of_block, lanes);
+        scale::<ID, G>(a, &w.factors, of_block, sums);
     }
 }

@@ -97,7 +97,9 @@ pub(super) fn unpack<const ID: u32, const BYTES: usize>(
     }
     let (d, m) = sixteen_factors::<ID, BYTES>(blocks);
     store_f32(d, &mut panel.d);
-    store_f32(m, &mut panel.m);
+    if has_minimum(ID) {
+        store_f32(m, &mut panel.m);
+    }
 }
 
 /// The factors of blocks, and those of their minima; zeros where they have none.

@@ -21,6 +21,9 @@ pub(super) struct Lanes(pub(super) [[f32; PANEL_ROWS]; TILE]);
 /// Sums of nothing.
 pub(super) const NO_LANES: Lanes = Lanes([[0.0; PANEL_ROWS]; TILE]);
 
+/// The same of `G` tiles in registers.
+pub(super) type Sums<const G: usize> = [[__m512; TILE]; G];
+
 /// Adds partial sums.
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -40,7 +43,7 @@ pub(super) fn add_block<const ID: u32, const G: usize>(
     q: &[impl Bytes64; 8],
     (d, m): (__m512, __m512),
     x: [&Tile; G],
-    sums: &mut [[__m512; TILE]; G],
+    sums: &mut Sums<G>,
 ) {
     let mut a = [[_mm512_setzero_si512(); TILE]; G];
     if let Some(offset) = offset(ID) {
@@ -123,14 +126,14 @@ pub(super) fn add_group<const ID: u32, const G: usize>(
     }
 }
 
-/// Adds the integers `a` of a block, times its factors, to `lanes`.
+/// Adds the integers `a` of a block, times its factors, to `sums`.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
 pub(super) fn scale<const ID: u32, const G: usize>(
     a: Integers<G>,
     factors: &Factors,
     x: [&SuperTile; G],
-    lanes: &mut [Lanes; G],
+    sums: &mut Sums<G>,
 ) {
     let mut b = [[_mm512_setzero_si512(); TILE]; G];
     if has_minimum(ID) {
@@ -140,14 +143,14 @@ pub(super) fn scale<const ID: u32, const G: usize>(
     for g in 0..G {
         for t in 0..TILE {
             let scale = _mm512_set1_ps(x[g].scales[t]);
-            let mut sum = load_f32(&lanes[g].0[t]);
+            let mut sum = sums[g][t];
             let factor = _mm512_mul_ps(d, scale);
             sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(a[g][t]), sum);
             if has_minimum(ID) {
                 let factor = _mm512_mul_ps(dmin, scale);
                 sum = _mm512_fnmadd_ps(factor, _mm512_cvtepi32_ps(b[g][t]), sum);
             }
-            store_f32(sum, &mut lanes[g].0[t]);
+            sums[g][t] = sum;
         }
     }
 }
@@ -200,9 +203,21 @@ pub(super) fn of_one_length<T, const G: usize>(x: [&[T]; G], len: usize) -> [&[T
     x.map(|x| &x[..len])
 }
 
+/// Adds `partial` sums to `sums`.
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub(super) fn load_lanes<const G: usize>(lanes: &[Lanes; G]) -> [[__m512; TILE]; G] {
+pub(super) fn add_lanes<const G: usize>(partial: &Sums<G>, sums: &mut [Lanes]) {
+    for (sums, partial) in sums.iter_mut().zip(partial) {
+        for t in 0..TILE {
+            let sum = _mm512_add_ps(load_f32(&sums.0[t]), partial[t]);
+            store_f32(sum, &mut sums.0[t]);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn load_lanes<const G: usize>(lanes: &[Lanes; G]) -> Sums<G> {
     let mut sums = [[_mm512_setzero_ps(); TILE]; G];
     for g in 0..G {
         for t in 0..TILE {
@@ -214,7 +229,7 @@ pub(super) fn load_lanes<const G: usize>(lanes: &[Lanes; G]) -> [[__m512; TILE];
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub(super) fn store_lanes<const G: usize>(sums: [[__m512; TILE]; G], lanes: &mut [Lanes; G]) {
+pub(super) fn store_lanes<const G: usize>(sums: Sums<G>, lanes: &mut [Lanes; G]) {
     for g in 0..G {
         for t in 0..TILE {
             store_f32(sums[g][t], &mut lanes[g].0[t]);

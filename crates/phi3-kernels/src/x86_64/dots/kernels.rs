@@ -2,9 +2,11 @@
 //! keep sums in memory.
 
 use std::arch::asm;
+use std::arch::x86_64::*;
 
-use super::{BLOCK, Kernel, Sums, Tile};
+use super::{Ahead, BLOCK, Kernel, Sums, Tile};
 use crate::BlockType;
+use crate::x86_64::vector::load_f32;
 
 /// AVX2, FMA and F16C: three rows and four tokens are twelve sums, with three vectors of weights and one
 /// of a token all sixteen registers.
@@ -37,12 +39,15 @@ macro_rules! load_bf16 {
     };
 }
 
-/// A line of each row asked for ahead, or none.
+/// A line of each row asked for ahead, of the first two, or none.
 macro_rules! ahead {
-    (true, $($from:literal),*) => {
+    (all, $($from:literal),*) => {
         concat!($("prefetcht1 ", $from, "\n",)*)
     };
-    (false, $($from:literal),*) => {
+    (two, $first:literal, $second:literal, $($from:literal),*) => {
+        ahead!(all, $first, $second)
+    };
+    (none, $($from:literal),*) => {
         ""
     };
 }
@@ -83,8 +88,8 @@ macro_rules! run {
                 // The last of four rows; of three rows not used.
                 v = inout(reg) $tile.w.wrapping_add(3 * $tile.stride) => _,
                 // The same two rows where they are asked for.
-                p = inout(reg) $tile.w.wrapping_add($tile.ahead) => _,
-                q = inout(reg) $tile.w.wrapping_add($tile.ahead + 3 * $tile.stride) => _,
+                p = inout(reg) $tile.w.wrapping_add($tile.ahead.bytes()) => _,
+                q = inout(reg) $tile.w.wrapping_add($tile.ahead.bytes() + 3 * $tile.stride) => _,
                 s = in(reg) $tile.stride,
                 x = inout(reg) $tile.x => _,
                 token = const size_of::<[f32; BLOCK]>(),
@@ -181,23 +186,28 @@ impl Kernel for Avx512 {
     const ROWS: usize = 4;
     const TOKENS: usize = 6;
 
-    unsafe fn multiply<const STREAMS: bool>(
-        block_type: BlockType,
-        tile: &Tile,
-        tokens: usize,
-        sums: &mut [Sums],
-    ) {
+    unsafe fn multiply(block_type: BlockType, tile: &Tile, tokens: usize, sums: &mut [Sums]) {
         debug_assert!(sums.len() == Self::ROWS * tokens, "sums of all pairs");
-        match (block_type, STREAMS) {
-            (BlockType::F16, true) => tiles_512!(tile, tokens, sums, load_f16, "32", true),
-            (BlockType::F16, false) => tiles_512!(tile, tokens, sums, load_f16, "32", false),
-            (_, true) => tiles_512!(tile, tokens, sums, load_bf16, "32", true),
-            (_, false) => tiles_512!(tile, tokens, sums, load_bf16, "32", false),
+        match (block_type, tile.ahead) {
+            (BlockType::F16, Ahead::OfAllRows(_)) => {
+                tiles_512!(tile, tokens, sums, load_f16, "32", all)
+            }
+            (BlockType::F16, Ahead::OfTwoRows(_)) => {
+                tiles_512!(tile, tokens, sums, load_f16, "32", two)
+            }
+            (BlockType::F16, Ahead::Nothing) => {
+                tiles_512!(tile, tokens, sums, load_f16, "32", none)
+            }
+            (_, Ahead::OfAllRows(_)) => tiles_512!(tile, tokens, sums, load_bf16, "32", all),
+            (_, Ahead::OfTwoRows(_)) => tiles_512!(tile, tokens, sums, load_bf16, "32", two),
+            (_, Ahead::Nothing) => tiles_512!(tile, tokens, sums, load_bf16, "32", none),
         }
     }
 
-    fn sum(Sums(lanes): &Sums) -> f32 {
-        sum_of(lanes)
+    #[inline(always)]
+    unsafe fn eight(Sums(lanes): &Sums) -> __m256 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { _mm256_add_ps(load_f32(&lanes[0]), load_f32(&lanes[1])) }
     }
 }
 
@@ -275,36 +285,27 @@ impl Kernel for Avx2 {
     const ROWS: usize = 3;
     const TOKENS: usize = 4;
 
-    unsafe fn multiply<const STREAMS: bool>(
-        block_type: BlockType,
-        tile: &Tile,
-        tokens: usize,
-        sums: &mut [Sums],
-    ) {
+    unsafe fn multiply(block_type: BlockType, tile: &Tile, tokens: usize, sums: &mut [Sums]) {
         debug_assert!(sums.len() == Self::ROWS * tokens, "sums of all pairs");
-        match (block_type, STREAMS) {
-            (BlockType::F16, true) => tiles_256!(tile, tokens, sums, load_f16, "16", true),
-            (BlockType::F16, false) => tiles_256!(tile, tokens, sums, load_f16, "16", false),
-            (_, true) => tiles_256!(tile, tokens, sums, load_bf16, "16", true),
-            (_, false) => tiles_256!(tile, tokens, sums, load_bf16, "16", false),
+        match (block_type, tile.ahead) {
+            (BlockType::F16, Ahead::OfAllRows(_)) => {
+                tiles_256!(tile, tokens, sums, load_f16, "16", all)
+            }
+            (BlockType::F16, Ahead::OfTwoRows(_)) => {
+                tiles_256!(tile, tokens, sums, load_f16, "16", two)
+            }
+            (BlockType::F16, Ahead::Nothing) => {
+                tiles_256!(tile, tokens, sums, load_f16, "16", none)
+            }
+            (_, Ahead::OfAllRows(_)) => tiles_256!(tile, tokens, sums, load_bf16, "16", all),
+            (_, Ahead::OfTwoRows(_)) => tiles_256!(tile, tokens, sums, load_bf16, "16", two),
+            (_, Ahead::Nothing) => tiles_256!(tile, tokens, sums, load_bf16, "16", none),
         }
     }
 
-    fn sum(Sums(lanes): &Sums) -> f32 {
-        let [lanes @ .., _, _, _, _, _, _, _, _] = *lanes;
-        sum_of(&lanes)
+    #[inline(always)]
+    unsafe fn eight(Sums(lanes): &Sums) -> __m256 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { load_f32(&lanes[0]) }
     }
-}
-
-/// The first half added to the second, and so on.
-fn sum_of<const N: usize>(lanes: &[f32; N]) -> f32 {
-    let mut lanes = *lanes;
-    let mut half = N / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
