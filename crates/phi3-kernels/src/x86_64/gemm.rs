@@ -14,7 +14,7 @@ use super::panel::{
     EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, PanelRows, SuperPanel, groups_of_32,
     put_rows, unpack, unpack_super,
 };
-use super::vector::{load, load_f32, prefetch, store_f32};
+use super::vector::{load, load_f32, store_f32};
 use crate::MatrixRef;
 use crate::activations::Quantized;
 
@@ -107,6 +107,9 @@ macro_rules! panels {
 }
 pub(super) use panels;
 
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
+
 /// Blocks of 32, or of 256, of a panel that are unpacked at once.
 const AT_ONCE: usize = 32;
 const SUPER_AT_ONCE: usize = 4;
@@ -135,36 +138,42 @@ pub(super) fn rows<const ID: u32, const BYTES: usize>(
 }
 
 /// Asks for the weights of the next rows, which lie behind these, piece by piece.
-pub(super) struct Ahead<'a> {
-    rest: &'a [u8],
+pub(super) struct Ahead {
+    next: *const u8,
+    /// Lines that are left.
+    left: usize,
+    /// Lines of a piece: the same number each time, so that the end of the loop is foreseen.
     piece: usize,
-    distance: usize,
 }
 
-impl<'a> Ahead<'a> {
+impl Ahead {
     /// For a panel that starts at row `first` and is used in `pieces` steps.
-    pub(super) fn new(w: MatrixRef<'a>, first: usize, pieces: usize) -> Self {
-        Self::of_rows(w, first, PANEL_ROWS, pieces)
-    }
-
-    /// For `rows` rows, or as many as there are, from row `first` on.
-    pub(super) fn of_rows(w: MatrixRef<'a>, first: usize, rows: usize, pieces: usize) -> Self {
-        let rows = rows.min(w.rows() - first);
+    pub(super) fn new(w: MatrixRef<'_>, first: usize, pieces: usize) -> Self {
         let row_bytes = w.row(first).len();
-        let rest = &w.bytes()[first * row_bytes..][..rows * row_bytes];
+        let bytes = PANEL_ROWS.min(w.rows() - first) * row_bytes;
+        let lines = bytes.div_ceil(LINE);
         Self {
-            rest,
-            piece: rest.len().div_ceil(pieces.max(1)),
-            distance: rest.len(),
+            next: w.row(first).as_ptr().wrapping_add(bytes),
+            left: lines,
+            piece: lines.div_ceil(pieces.max(1)),
         }
     }
 
     #[target_feature(enable = "avx2")]
     #[inline]
     pub(super) fn go_on(&mut self) {
-        let (piece, rest) = self.rest.split_at(self.piece.min(self.rest.len()));
-        prefetch::<_MM_HINT_T1>(piece, self.distance);
-        self.rest = rest;
+        if self.left == 0 {
+            return;
+        }
+        self.left = self.left.saturating_sub(self.piece);
+        for _ in 0..self.piece {
+            #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
+            // SAFETY: a prefetch reads nothing and faults at no address.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(self.next.cast())
+            };
+            self.next = self.next.wrapping_add(LINE);
+        }
     }
 }
 

@@ -162,7 +162,7 @@ fn panels<F: Format<BYTES>, const BYTES: usize>(
 fn panel<F: Format<BYTES>, const BYTES: usize, const G: usize>(
     x: [&[F::Tile]; G],
     w: &PanelRows<'_, BYTES>,
-    mut ahead: Ahead<'_>,
+    mut ahead: Ahead,
 ) -> [Lanes; G] {
     let x = of_one_length(x, x[0].len());
     let mut lanes = [[NO_LANES; G]; LANES];

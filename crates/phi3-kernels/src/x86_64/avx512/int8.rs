@@ -226,16 +226,23 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
     let mut panel = vec![F::EMPTY; groups.min(at_once)];
     let mut sums = vec![NO_LANES; tiles];
     let mut lanes = vec![NO_LANES; if few { tiles * LANES } else { tiles }];
+    let rounds = match few {
+        true => groups / at_once * LANES + LANES.min(groups % at_once),
+        false => (0..LANES)
+            .map(|class| class_len(groups, class).div_ceil(at_once))
+            .sum(),
+    };
+    let pieces = rounds * tiles.div_ceil(MAX_TILES);
     for start in (0..rows).step_by(PANEL_ROWS) {
         let of_rows = PanelRows::<BYTES>::new(w, first_row + start, rows - start);
-        let mut ahead = Ahead::new(w, first_row + start, groups);
+        // Asked for between the products: while rows are unpacked there would be too many lines at a time.
+        let mut ahead = Ahead::new(w, first_row + start, pieces);
         sums.fill(NO_LANES);
         if few {
             lanes.fill(NO_LANES);
             for first in (0..groups).step_by(at_once) {
                 let panel = &mut panel[..at_once.min(groups - first)];
                 for (i, panel) in panel.iter_mut().enumerate() {
-                    ahead.go_on();
                     // SAFETY: this function is compiled with the features.
                     unsafe { F::unpack(of_rows.sixteen(first + i), panel) };
                 }
@@ -248,7 +255,14 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                         last: false,
                         sums: &mut [],
                     };
-                    multiply_tiles::<F, BYTES, LANES>(panel, x, groups, partial, NOTHING_WRITTEN);
+                    multiply_tiles::<F, BYTES, LANES>(
+                        panel,
+                        x,
+                        groups,
+                        partial,
+                        &mut ahead,
+                        NOTHING_WRITTEN,
+                    );
                 }
             }
             for lanes in lanes.chunks_exact(tiles) {
@@ -264,7 +278,6 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                     let panel = &mut panel[..at_once.min(len - first)];
                     let last = first + panel.len() == len;
                     for (i, panel) in panel.iter_mut().enumerate() {
-                        ahead.go_on();
                         let block = class + (first + i) * LANES;
                         // SAFETY: as above.
                         unsafe { F::unpack(of_rows.sixteen(block), panel) };
@@ -280,7 +293,14 @@ fn rows<F: Format<BYTES>, const BYTES: usize>(
                         last,
                         sums: &mut sums,
                     };
-                    multiply_tiles::<F, BYTES, 1>(panel, x, len, partial, (written, &columns));
+                    multiply_tiles::<F, BYTES, 1>(
+                        panel,
+                        x,
+                        len,
+                        partial,
+                        &mut ahead,
+                        (written, &columns),
+                    );
                 }
             }
         }
@@ -307,7 +327,7 @@ struct Partial<'a> {
 }
 
 /// [`Format::multiply`] of all tiles; those of `x` begin `stride` elements behind one another. Asks for
-/// what is `written` soon.
+/// the rows `ahead` and for what is `written` soon.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline]
 fn multiply_tiles<F: Format<BYTES>, const BYTES: usize, const STEP: usize>(
@@ -315,6 +335,7 @@ fn multiply_tiles<F: Format<BYTES>, const BYTES: usize, const STEP: usize>(
     x: &[F::Tile],
     stride: usize,
     mut partial: Partial<'_>,
+    ahead: &mut Ahead,
     (written, columns): Written<'_>,
 ) {
     let at = |tile: usize| &x[tile * stride..][..w.len()];
@@ -327,6 +348,7 @@ fn multiply_tiles<F: Format<BYTES>, const BYTES: usize, const STEP: usize>(
         };
         let tokens = (tile * TILE).min(written.len())..((tile + g) * TILE).min(written.len());
         ask_for_rows(&written[tokens], columns);
+        ahead.go_on();
         let to = &mut partial;
         match g {
             1 => multiply_some::<F, BYTES, 1, STEP>(w, [at(tile)], tile, to),
