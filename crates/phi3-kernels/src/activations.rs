@@ -177,6 +177,9 @@ fn column_blocks(x: &[f32], n: usize, cols: usize, block: usize) -> Vec<f32> {
     blocks
 }
 
+/// What a number that is rounded takes, in multiply-adds.
+const WORK_OF_A_NUMBER: usize = 2;
+
 /// Tokens as eight-bit integers with a scale for each group of elements:
 /// `x[t, c] ≈ scales[t, c / group] * values[t, c]`.
 #[derive(Debug)]
@@ -215,7 +218,7 @@ impl Quantized {
             return quantized;
         }
         let backend = dispatch::backend();
-        let groups = threads::chunk_len(n * cols / group, x.len());
+        let groups = threads::chunk_len(n * cols / group, WORK_OF_A_NUMBER * x.len());
         if groups * group >= x.len() {
             let (values, scales) = (&mut quantized.values, &mut quantized.scales);
             backend.quantize(x, group, values, scales, &mut quantized.sums);

@@ -75,7 +75,7 @@ pub use ops::{
 pub use probe::{InstructionSet, Probe, probe};
 pub use products::{Product, combine_rows, linear_all};
 pub use quantize::quantize;
-pub use threads::{OccupiedThread, num_threads, occupy_thread, set_num_threads};
+pub use threads::{OccupiedThread, for_each, num_threads, occupy_thread, set_num_threads};
 
 /// The name of the backend in use, as `PHI3_KERNELS` takes it: `scalar` (every processor),
 /// `avx2` (x86-64 with AVX2, FMA and F16C), `avx-vnni` and `avx512-vnni` (with VNNI besides, in

@@ -79,9 +79,16 @@ pub(crate) fn for_each_chunk(out: &mut [f32], len: usize, f: impl Fn(usize, &mut
     }
 }
 
-/// Calls `f(i, item)` for every item i, each a piece of work that pays for a thread, with the threads
-/// of the pool: successive items by one thread where that is no slower.
-pub(crate) fn for_each<T: Send>(items: &mut [T], f: impl Fn(usize, &mut T) + Sync) {
+/// Calls `f(i, item)` for every item i, each a piece of work that pays for a thread (some microseconds),
+/// with the threads of the kernels: successive items by one thread where that is no slower. Kernels that `f`
+/// calls run on its own thread.
+///
+/// ```
+/// let mut squares = [1, 2, 3];
+/// phi3_kernels::for_each(&mut squares, |_, x| *x *= *x);
+/// assert_eq!(squares, [1, 4, 9]);
+/// ```
+pub fn for_each<T: Send>(items: &mut [T], f: impl Fn(usize, &mut T) + Sync) {
     pool().for_each(items, f);
 }
 

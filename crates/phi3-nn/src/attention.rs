@@ -164,16 +164,21 @@ fn attend_with_kernels(
     let (rows, num_heads, head_dim) = queries.dims3()?;
     let (_, num_kv_heads, _) = keys.dims3()?;
     let kv_width = num_kv_heads * head_dim;
+    let mut appended: Vec<_> = sequences.iter_mut().map(|it| (it, Ok(()))).collect();
     host::with_f32(keys, |keys| {
         host::with_f32(values, |values| {
-            sequences.iter_mut().try_for_each(|sequence| {
+            // The places of a token's heads lie far apart, and waiting for them is most of the time.
+            phi3_kernels::for_each(&mut appended, |_, (sequence, result)| {
                 let own = sequence.rows.start * kv_width..sequence.rows.end * kv_width;
-                let pages = sequence.cache.pages_mut(params.layer_idx)?;
-                pages.check(num_kv_heads, head_dim)?;
-                pages.append(sequence.start, &keys[own.clone()], &values[own])
-            })
+                let pages = sequence.cache.pages_mut(params.layer_idx);
+                *result = pages.and_then(|pages| {
+                    pages.check(num_kv_heads, head_dim)?;
+                    pages.append(sequence.start, &keys[own.clone()], &values[own])
+                });
+            });
         })
-    })???;
+    })??;
+    appended.into_iter().try_for_each(|(_, result)| result)?;
     let layers: Vec<_> = sequences
         .iter()
         .map(|sequence| sequence.cache.pages(params.layer_idx))

@@ -37,11 +37,24 @@ pub(super) struct Pass<'a> {
     pub(super) group: usize,
     /// The rows `[l, g]` among those of the unit that this is a pass of.
     pub(super) rows: Range<usize>,
+    /// The tiles with keys that a query sees.
+    pub(super) tiles: Range<usize>,
 }
 
 impl<'a> Pass<'a> {
     /// All keys of a job, for the queries of all query heads of a key/value head.
     pub(super) fn whole(job: &AttentionJob<'a>, head: usize, queries: Range<usize>) -> Self {
+        let rows = 0..queries.len() * job.group();
+        Self::with_rows(job, head, queries, rows).with_tiles()
+    }
+
+    /// All keys of a job, for some rows, before it is known which tiles they see.
+    fn with_rows(
+        job: &AttentionJob<'a>,
+        head: usize,
+        queries: Range<usize>,
+        rows: Range<usize>,
+    ) -> Self {
         Self {
             pages: job.pages,
             listed: None,
@@ -51,9 +64,10 @@ impl<'a> Pass<'a> {
             head,
             len: job.len,
             shape: job.shape,
-            rows: 0..queries.len() * job.group(),
             queries,
             group: job.group(),
+            rows,
+            tiles: 0..0,
         }
     }
 
@@ -78,10 +92,9 @@ impl<'a> Pass<'a> {
             len,
             shape,
             group: 1,
-            queries: 0..rows.len(),
-            rows,
-            ..Self::whole(job, head, 0..0)
+            ..Self::with_rows(job, head, 0..rows.len(), rows)
         }
+        .with_tiles()
     }
 
     pub(super) fn is_q8_0(&self) -> bool {
@@ -125,14 +138,13 @@ impl<'a> Pass<'a> {
         self.visible(some.start, within).start..self.visible(some.end - 1, within).end
     }
 
-    /// The tiles with keys that a query sees.
-    pub(super) fn tiles(&self) -> Range<usize> {
+    fn with_tiles(mut self) -> Self {
         let seen = self.seen(&(0..self.len));
-        if seen.is_empty() {
-            return 0..0;
+        if !seen.is_empty() {
+            let k_start = self.shape.k_start;
+            self.tiles = (k_start + seen.start) / TILE..(k_start + seen.end - 1) / TILE + 1;
         }
-        let k_start = self.shape.k_start;
-        (k_start + seen.start) / TILE..(k_start + seen.end - 1) / TILE + 1
+        self
     }
 
     /// The keys of a tile.

@@ -20,60 +20,58 @@ const MAX_SPARSE_ROWS: usize = 256;
 /// Tiles that a piece has at least where a sequence's keys are split between threads.
 const MIN_SPLIT_TILES: usize = 2;
 
-/// Where the results of a unit go: `[heads, d]` for each query.
-type Out<'o> = Vec<&'o mut [f32]>;
-
 /// What one thread does at a time.
 enum Piece<'u, 'o, 'a> {
     /// All tiles of a unit, to its output.
-    Whole(&'u Unit<'a>, &'u mut Out<'o>),
+    Whole(&'u Unit<'a>, &'u mut [&'o mut [f32]]),
     /// Some tiles of a unit, to the sums of each.
     Tiles(&'u Unit<'a>, Range<usize>, &'u mut [f32]),
 }
 
 pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     let mut units = Vec::new();
-    let mut outs: Vec<Out<'_>> = Vec::new();
+    // Where the results go: `[heads, d]` for each query of a unit, after those of the units before.
+    let mut outs: Vec<&mut [f32]> = Vec::new();
     for job in jobs {
         let d = job.shape.head_dim;
         let heads = unit_heads(job);
         let spans = spans(job, heads);
-        let first_out = outs.len();
         for head in (0..job.num_heads).step_by(heads) {
             for queries in &spans {
                 units.push(unit(job, head..head + heads, queries.clone()));
-                outs.push(Vec::with_capacity(queries.len()));
             }
         }
-        let (rows, mut span) = (job.num_heads / heads, 0);
+        let (first_out, queries) = (outs.len(), job.queries());
+        let in_query = job.num_heads / heads;
+        outs.resize_with(first_out + in_query * queries, Default::default);
         for (i, out) in job.out.chunks_exact_mut(heads * d).enumerate() {
-            if i / rows == spans[span].end {
-                span += 1;
-            }
-            outs[first_out + i % rows * spans.len() + span].push(out);
+            outs[first_out + i % in_query * queries + i / in_query] = out;
         }
     }
     let work = units.iter().map(Unit::work).fold(0, usize::saturating_add);
 
     // The sums of every tile of a unit that is split, until they are joined.
     let tiles_per_piece = split(&units, work);
-    let is_split = |unit: &Unit<'_>| tiles_per_piece.is_some_and(|n| unit.tiles.len() > n);
+    let is_split = |unit: &Unit<'_>| tiles_per_piece.is_some_and(|n| unit.num_tiles() > n);
     let mut sums: Vec<Vec<f32>> = units
         .iter()
         .map(|unit| {
-            let tiles = if is_split(unit) { unit.tiles.len() } else { 0 };
+            let tiles = if is_split(unit) { unit.num_tiles() } else { 0 };
             vec![0.0; tiles * unit.sums_len()]
         })
         .collect();
 
     let mut pieces = Vec::new();
-    for ((unit, out), sums) in units.iter().zip(&mut outs).zip(&mut sums) {
+    let mut rest = outs.as_mut_slice();
+    for (unit, sums) in units.iter().zip(&mut sums) {
+        let out;
+        (out, rest) = rest.split_at_mut(unit.queries.len());
         match tiles_per_piece {
             Some(n) if is_split(unit) => {
-                let firsts = (0..unit.tiles.len()).step_by(n);
+                let firsts = (0..unit.num_tiles()).step_by(n);
                 let sums = sums.chunks_mut(n * unit.sums_len());
                 for (first, sums) in firsts.zip(sums) {
-                    let tiles = first..(first + n).min(unit.tiles.len());
+                    let tiles = first..(first + n).min(unit.num_tiles());
                     pieces.push(Piece::Tiles(unit, tiles, sums));
                 }
             }
@@ -87,7 +85,10 @@ pub(super) fn run(jobs: &mut [AttentionJob<'_>], backend: Backend) {
     }
     drop(pieces);
 
-    for ((unit, out), sums) in units.iter().zip(&mut outs).zip(&sums) {
+    let mut rest = outs.as_mut_slice();
+    for (unit, sums) in units.iter().zip(&sums) {
+        let out;
+        (out, rest) = rest.split_at_mut(unit.queries.len());
         if !sums.is_empty() {
             unit.join_all(backend, sums, out);
         }
@@ -129,11 +130,6 @@ fn unit<'a>(job: &AttentionJob<'a>, heads: Range<usize>, queries: Range<usize>) 
         Some(layout) => sparse::passes(job, layout, heads.clone(), queries.clone()),
         None => vec![Pass::whole(job, heads.start / job.group(), queries.clone())],
     };
-    let tiles = passes
-        .iter()
-        .enumerate()
-        .flat_map(|(i, pass)| pass.tiles().map(move |tile| (i, tile)))
-        .collect();
     Unit {
         q: job.q,
         num_heads: job.num_heads,
@@ -142,7 +138,6 @@ fn unit<'a>(job: &AttentionJob<'a>, heads: Range<usize>, queries: Range<usize>) 
         queries,
         heads_first: job.layout.is_some(),
         passes,
-        tiles,
     }
 }
 
@@ -150,7 +145,7 @@ fn unit<'a>(job: &AttentionJob<'a>, heads: Range<usize>, queries: Range<usize>) 
 /// not.
 fn split(units: &[Unit<'_>], work: usize) -> Option<usize> {
     let threads = threads::num_threads();
-    let longest = units.iter().map(|unit| unit.tiles.len()).max()?;
+    let longest = units.iter().map(|unit| unit.num_tiles()).max()?;
     if units.len() >= 2 * threads || threads::chunk_len(longest, work) == longest {
         return None;
     }
@@ -161,18 +156,18 @@ fn split(units: &[Unit<'_>], work: usize) -> Option<usize> {
 impl Unit<'_> {
     /// Multiply-adds.
     fn work(&self) -> usize {
-        let tiles = self.tiles.iter();
-        let rows = tiles.map(|(pass, _)| self.passes[*pass].rows.len());
-        let products = 2 * TILE * rows.fold(0, usize::saturating_add);
+        let passes = self.passes.iter();
+        let rows = passes.map(|pass| pass.tiles.len().saturating_mul(pass.rows.len()));
+        let products = (2 * TILE).saturating_mul(rows.fold(0, usize::saturating_add));
         products.saturating_mul(self.shape.head_dim)
     }
 
     /// Joins the sums of all tiles, in order.
-    fn join_all(&self, backend: Backend, sums: &[f32], out: &mut Out<'_>) {
+    fn join_all(&self, backend: Backend, sums: &[f32], out: &mut [&mut [f32]]) {
         let queries = Queries::new(backend, self);
         let mut joined = self.no_sums();
-        for ((pass, _), sums) in self.tiles.iter().zip(sums.chunks_exact(self.sums_len())) {
-            queries.join(*pass, &mut joined, sums);
+        for ((pass, _), sums) in self.tiles().zip(sums.chunks_exact(self.sums_len())) {
+            queries.join(pass, &mut joined, sums);
         }
         queries.finish(&mut joined, out);
     }
@@ -185,17 +180,18 @@ impl Piece<'_, '_, '_> {
                 let mut queries = Queries::new(backend, unit);
                 let mut joined = unit.no_sums();
                 let mut sums = vec![0.0; joined.len()];
-                for (pass, tile) in &unit.tiles {
-                    queries.tile(*pass, *tile, &mut sums);
-                    queries.join(*pass, &mut joined, &sums);
+                for (pass, tile) in unit.tiles() {
+                    queries.tile(pass, tile, &mut sums);
+                    queries.join(pass, &mut joined, &sums);
                 }
                 queries.finish(&mut joined, out);
             }
             Self::Tiles(unit, tiles, sums) => {
                 let mut queries = Queries::new(backend, unit);
                 let sums = sums.chunks_exact_mut(unit.sums_len());
-                for ((pass, tile), sums) in unit.tiles[tiles.clone()].iter().zip(sums) {
-                    queries.tile(*pass, *tile, sums);
+                let of_piece = unit.tiles().skip(tiles.start).take(tiles.len());
+                for ((pass, tile), sums) in of_piece.zip(sums) {
+                    queries.tile(pass, tile, sums);
                 }
             }
         }

@@ -44,11 +44,19 @@ pub(super) struct Unit<'a> {
     /// Whether rows are `[heads, l]` rather than `[l, heads]`.
     pub(super) heads_first: bool,
     pub(super) passes: Vec<Pass<'a>>,
-    /// The tiles of all passes, in order: each with the pass that it is of.
-    pub(super) tiles: Vec<(usize, usize)>,
 }
 
 impl Unit<'_> {
+    /// The tiles of all passes, in order: each with the pass that it is of.
+    pub(super) fn tiles(&self) -> impl Iterator<Item = (usize, usize)> {
+        let passes = self.passes.iter().enumerate();
+        passes.flat_map(|(i, pass)| pass.tiles.clone().map(move |tile| (i, tile)))
+    }
+
+    pub(super) fn num_tiles(&self) -> usize {
+        self.passes.iter().map(|pass| pass.tiles.len()).sum()
+    }
+
     fn rows(&self) -> usize {
         self.queries.len() * self.heads.len()
     }

@@ -10,8 +10,8 @@ pub(super) const LANES: usize = crate::scalar::INT8_LANES;
 /// Tokens of a tile.
 pub(super) const TILE: usize = 4;
 
-/// Tiles from which on their making is spread over threads.
-const PARALLEL_TILES: usize = 16;
+/// What a number that is put in its place in a tile takes, in multiply-adds.
+const WORK_OF_A_NUMBER: usize = 4;
 
 /// The layouts of one [`Quantized`], each made when it is first needed.
 #[derive(Debug, Default)]
@@ -241,12 +241,13 @@ fn in_tiles<T: Copy + Send>(
         };
         let of_class;
         (of_class, rest) = rest.split_at_mut(len * tiles);
-        if tiles < PARALLEL_TILES {
+        let work = WORK_OF_A_NUMBER * x.values.len() / classes;
+        let at_once = threads::chunk_len(tiles, work);
+        if at_once >= tiles {
             for (tile, out) in of_class.chunks_exact_mut(len).enumerate() {
                 fill_tile(class, tile, out);
             }
         } else {
-            let at_once = PARALLEL_TILES / 2;
             let mut parts: Vec<&mut [T]> = of_class.chunks_mut(at_once * len).collect();
             threads::for_each(&mut parts, |i, part| {
                 for (tile, out) in part.chunks_exact_mut(len).enumerate() {
