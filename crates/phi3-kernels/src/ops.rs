@@ -118,10 +118,7 @@ fn float_products(
 ) {
     let (n, rows) = (x.len(), w.rows());
     let backend = dispatch::backend();
-    let work = rows
-        .saturating_mul(w.cols())
-        .saturating_mul(n + DECODE_WORK);
-    let part_rows = threads::chunk_len(rows, work).next_multiple_of(ROW_MULTIPLE);
+    let part_rows = rows_of_a_part(n, w, DECODE_WORK);
     let x = x.tokens(&*backend, w.block_type());
     if n == 1 {
         let out = &mut out[out_offset..][..rows];
@@ -192,7 +189,7 @@ pub fn linear(
         return float_products(x, w, out, out_stride, out_offset);
     };
 
-    let part_rows = rows_of_a_part(n, w);
+    let part_rows = rows_of_a_part(n, w, 0);
     let backend = dispatch::backend();
     backend.prepare(quantized, w);
     let mut parts = in_parts(out, n, rows, part_rows, out_stride, out_offset);
@@ -201,10 +198,23 @@ pub fn linear(
     });
 }
 
-/// Rows of `w` that a thread takes at a time for `n` tokens.
-pub(crate) fn rows_of_a_part(n: usize, w: MatrixRef<'_>) -> usize {
-    let work = w.rows().saturating_mul(w.cols()).saturating_mul(n);
-    threads::chunk_len(w.rows(), work).next_multiple_of(ROW_MULTIPLE)
+/// Rows that share the tokens where these do not stay in a cache, more than [`FEW_TOKENS`], unless there are
+/// fewer than [`TASKS_WITH_MANY`] times as many for each thread.
+const MANY_ROWS: usize = 256;
+const FEW_TOKENS: usize = 32;
+const TASKS_WITH_MANY: usize = 4;
+
+/// Rows of `w` that a thread takes at a time for `n` tokens, where a weight itself takes as much as
+/// `decode_work` tokens.
+pub(crate) fn rows_of_a_part(n: usize, w: MatrixRef<'_>, decode_work: usize) -> usize {
+    let weights = w.rows().saturating_mul(w.cols());
+    let work = weights.saturating_mul(n + decode_work);
+    let multiple = match n > FEW_TOKENS {
+        true => MANY_ROWS.min(w.rows() / (TASKS_WITH_MANY * threads::num_threads())),
+        false => ROW_MULTIPLE,
+    };
+    let multiple = multiple.next_multiple_of(ROW_MULTIPLE).max(ROW_MULTIPLE);
+    threads::chunk_len(w.rows(), work).next_multiple_of(multiple)
 }
 
 /// Whether `n` output rows of `rows` elements fit `len` elements at this stride and offset.

@@ -98,7 +98,7 @@ fn cut<'a>(x: &'a Quantized, w: MatrixRef<'a>, outs: Vec<&'a mut [f32]>) -> Vec<
     if w.rows() == 0 {
         return Vec::new();
     }
-    let part_rows = ops::rows_of_a_part(outs.len(), w);
+    let part_rows = ops::rows_of_a_part(outs.len(), w, 0);
     let mut tasks: Vec<Task<'a>> = (0..w.rows())
         .step_by(part_rows)
         .map(|first_row| Task {

@@ -11,7 +11,7 @@ mod pool;
 const MIN_PARALLEL_WORK: usize = 1 << 16;
 
 /// Tasks for each thread, so that a thread that lost its core for a while is not waited for.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 12;
 
 /// More threads than processors have cores; beyond it, starting them is the only effect.
 const MAX_THREADS: usize = 1024;
