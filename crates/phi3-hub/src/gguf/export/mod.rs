@@ -63,7 +63,7 @@ pub(crate) fn architecture(config: &Json) -> Result<Architecture, String> {
         Some("phimoe") => Ok(Architecture::Phimoe),
         Some("phi3small") => Ok(Architecture::Phi3Small),
         Some("phi3_v") => Err(
-            "models of model_type \"phi3_v\" have no GGUF file here; quantize them while they are loaded \
+            "model_type \"phi3_v\" cannot be quantized into a file; quantize it while it is loaded \
              (--quantize TYPE of the other commands)"
                 .to_owned(),
         ),
