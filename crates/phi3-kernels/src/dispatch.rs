@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn backends_multiply_many_tokens_as_each_alone() {
         for block_type in [BlockType::F32, BlockType::F16, BlockType::BF16] {
-            let (n, rows, cols) = (151, 150, 531);
+            let (n, rows, cols) = (151, 150, 1555);
             let bytes = testing::random_matrix(block_type, rows, cols, 9);
             let w = MatrixRef::new(block_type, rows, cols, &bytes).unwrap();
             let x = Random(10).units(n * cols);

@@ -103,6 +103,30 @@ proptest! {
     }
 }
 
+/// Rows of more blocks than a backend unpacks at once, for numbers of tokens on both sides of every change of
+/// its way.
+#[test]
+fn partial_sums_go_on_from_one_round_of_blocks_to_the_next() {
+    for (seed, block_type) in (0..).zip(block_types()) {
+        let blocks = if block_type.block_len() == 32 {
+            300
+        } else {
+            41
+        };
+        let (rows, cols) = (17, blocks * block_type.block_len());
+        let bytes = testing::random_matrix(block_type, rows, cols, seed);
+        let w = MatrixRef::new(block_type, rows, cols, &bytes).unwrap();
+        for n in [4, 12, 13, 16, 32, 33, 37] {
+            let x = quantized(&Random(seed).units(n * cols), n, block_type);
+            let expected = run(Backend::Scalar, &x, w, 0);
+            for backend in available() {
+                let found = run(backend, &x, w, 0);
+                assert!(found == expected, "{} {w:?}, {n} tokens", backend.name());
+            }
+        }
+    }
+}
+
 #[test]
 fn eight_bits_cost_what_rounding_costs() {
     let (n, rows, cols) = (8, 64, 3072);

@@ -14,7 +14,7 @@ use super::panel::{
     EMPTY_PANEL, EMPTY_SUPER_PANEL, PANEL_ROWS, Panel, PanelRows, SuperPanel, groups_of_32,
     put_rows, unpack, unpack_super,
 };
-use super::vector::{load, load_f32, store_f32};
+use super::vector::{ask_for, load, load_f32, store_f32};
 use crate::MatrixRef;
 use crate::activations::Quantized;
 
@@ -167,11 +167,7 @@ impl Ahead {
         }
         self.left = self.left.saturating_sub(self.piece);
         for _ in 0..self.piece {
-            #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
-            // SAFETY: a prefetch reads nothing and faults at no address.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(self.next.cast())
-            };
+            ask_for::<_MM_HINT_T1>(self.next);
             self.next = self.next.wrapping_add(LINE);
         }
     }

@@ -96,14 +96,20 @@ pub(super) fn from_f16(h: [u16; 8]) -> __m256 {
 pub(super) fn prefetch<const HINT: i32>(items: &[impl Copy], distance: usize) {
     let mut at = 0;
     while at < size_of_val(items) {
-        let line = items.as_ptr().cast::<i8>().wrapping_add(distance + at);
-        #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
-        // SAFETY: a prefetch reads nothing and faults at no address.
-        unsafe {
-            _mm_prefetch::<HINT>(line)
-        };
+        ask_for::<HINT>(items.as_ptr().cast::<u8>().wrapping_add(distance + at));
         at += 64;
     }
+}
+
+/// Asks for the cache line of an address, whether or not anything lies there.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn ask_for<const HINT: i32>(address: *const u8) {
+    #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
+    // SAFETY: a prefetch reads nothing and faults at no address.
+    unsafe {
+        _mm_prefetch::<HINT>(address.cast())
+    };
 }
 
 /// Asks for `columns`, up to sixteen, of each row, which may lie in two lines.
@@ -113,11 +119,7 @@ pub(super) fn ask_for_rows(rows: &[&mut [f32]], columns: &Range<usize>) {
     for row in rows {
         let numbers = &row[columns.clone()];
         for number in [numbers.first(), numbers.last()].into_iter().flatten() {
-            #[allow(unused_unsafe, reason = "newer compilers know that a prefetch is safe")]
-            // SAFETY: a prefetch reads nothing and faults at no address.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast())
-            };
+            ask_for::<_MM_HINT_T0>(std::ptr::from_ref(number).cast());
         }
     }
 }
